@@ -1,0 +1,53 @@
+"""clara_fast: documents compressed once into memory tokens, searched and answered from in that form.
+
+CLaRa (Continuous Latent Reasoning, arXiv 2511.18659) as a library. The heavy parts load when they are first
+used, so that ``import clara_fast`` costs little beyond torch:
+
+- :class:`Clara` holds one causal language model in its three roles (compressor, query reasoner, generator);
+- :class:`MemoryStore` keeps memories and documents on disk and searches them;
+- :class:`ScpTrainer` trains compressor and generator together (stage 1 of the paper);
+- :mod:`clara_fast.ops` holds the fused operations by themselves, as ``torch.ops.clara_fast.*``.
+"""
+
+from __future__ import annotations
+
+import importlib
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
+
+try:
+    __version__ = version("clara-fast")
+except PackageNotFoundError:  # a source tree on sys.path, never installed
+    __version__ = "0+unknown"
+
+if TYPE_CHECKING:
+    from clara_fast import ops as ops
+    from clara_fast.modeling import Answer as Answer
+    from clara_fast.modeling import Clara as Clara
+    from clara_fast.modeling import ClaraConfig as ClaraConfig
+    from clara_fast.store import MemoryStore as MemoryStore
+    from clara_fast.training import ScpTrainer as ScpTrainer
+
+_HOME_OF = {
+    "Answer": "modeling",
+    "Clara": "modeling",
+    "ClaraConfig": "modeling",
+    "MemoryStore": "store",
+    "ScpTrainer": "training",
+    "ScpTrainingArguments": "training",
+}
+_SUBPACKAGES = ("modeling", "ops", "store", "training")
+
+__all__ = ["__version__", "ops", *_HOME_OF]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME_OF:
+        return getattr(importlib.import_module(f"clara_fast.{_HOME_OF[name]}"), name)
+    if name in _SUBPACKAGES:
+        return importlib.import_module(f"clara_fast.{name}")
+    raise AttributeError(f"module 'clara_fast' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, *_SUBPACKAGES})

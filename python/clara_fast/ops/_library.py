@@ -1,0 +1,105 @@
+"""The two operator namespaces and the loading of the native library.
+
+``torch.ops.clara_fast.*`` are the public operators: schema, fake, autograd and dispatch are Python, so they exist
+without any native code. ``torch.ops.clara_fast_native.*`` are raw CPU kernels: the schemas below are defined here and
+``lib/clara_fast_cpu.so`` implements those that it has. An operator without its kernel runs in plain PyTorch.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+NATIVE_SCHEMAS = {
+    "pool_memory_forward": (
+        "(Tensor hidden, Tensor offsets, int num_memory, Tensor? norm_weight, float norm_eps) -> (Tensor, Tensor)"
+    ),
+    "pool_memory_backward": (
+        "(Tensor grad_memory, Tensor grad_mse, Tensor hidden, Tensor offsets, int num_memory, Tensor? norm_weight, "
+        "float norm_eps) -> (Tensor, Tensor)"
+    ),
+    "cosine_topk": "(Tensor queries, Tensor keys, int k, Tensor? key_scales) -> (Tensor, Tensor)",
+    "select_memory_forward": (
+        "(Tensor query, Tensor keys, Tensor memory, int k, float temperature, Tensor? valid) "
+        "-> (Tensor, Tensor, Tensor)"
+    ),
+    "select_memory_backward": (
+        "(Tensor grad_selected, Tensor grad_scores, Tensor query, Tensor keys, Tensor memory, Tensor indices, "
+        "Tensor scores, float temperature, float taken_logit, Tensor? valid) -> (Tensor, Tensor, Tensor)"
+    ),
+}
+NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+library = torch.library.Library("clara_fast", "DEF")
+_native_library = torch.library.Library("clara_fast_native", "DEF")
+_missing_warned = False
+
+
+def define(
+    schema: str,
+    implementation: Callable,
+    *,
+    fake: Callable,
+    setup_context: Callable | None = None,
+    backward: Callable | None = None,
+) -> Callable:
+    """Registers one operator of ``clara_fast`` for every device and returns its overload."""
+    name = schema.partition("(")[0]
+    library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    library.impl(name, implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"clara_fast::{name}", fake, lib=library)
+    if backward is not None:
+        torch.library.register_autograd(f"clara_fast::{name}", backward, setup_context=setup_context, lib=library)
+    return getattr(torch.ops.clara_fast, name).default
+
+
+def _load_native() -> dict[str, Callable]:
+    for name, signature in NATIVE_SCHEMAS.items():
+        _native_library.define(name + signature)
+    path = Path(__file__).parents[1] / "lib" / "clara_fast_cpu.so"
+    if not path.is_file():
+        # An editable install keeps the package's sources and its libraries in two folders.
+        import clara_fast
+
+        candidates = [Path(folder) / "lib" / path.name for folder in clara_fast.__path__]
+        path = next((candidate for candidate in candidates if candidate.is_file()), path)
+    if path.is_file():
+        try:
+            torch.ops.load_library(path)
+        except (OSError, RuntimeError) as error:
+            warnings.warn(f"{path} does not load ({error}); its operators run in plain PyTorch", stacklevel=2)
+    return {
+        name: getattr(torch.ops.clara_fast_native, name).default
+        for name in NATIVE_SCHEMAS
+        if torch._C._dispatch_has_kernel_for_dispatch_key(f"clara_fast_native::{name}", "CPU")
+    }
+
+
+native = _load_native()
+
+
+def native_kernel(name: str, *tensors: torch.Tensor) -> Callable | None:
+    """The CPU kernel ``name`` if it exists and takes these tensors (float32, bfloat16 or float16, one dtype)."""
+    first = tensors[0]
+    if first.device.type != "cpu" or first.dtype not in NATIVE_DTYPES:
+        return None
+    kernel = native.get(name)
+    if kernel is None:
+        _warn_missing(name)
+        return None
+    if any(tensor.dtype != first.dtype or tensor.numel() == 0 for tensor in tensors):
+        return None
+    return kernel
+
+
+def _warn_missing(name: str) -> None:
+    global _missing_warned
+    if not _missing_warned:
+        _missing_warned = True
+        warnings.warn(
+            f"clara_fast's native CPU library has no kernel {name}; it and others like it run in plain PyTorch",
+            stacklevel=4,
+        )

@@ -1,0 +1,220 @@
+"""Who attends to whom in a packed batch: :class:`ContextLayout`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+Lengths = Sequence[int] | Tensor
+
+
+def _int_list(lengths: Lengths) -> list[int]:
+    return lengths.tolist() if isinstance(lengths, Tensor) else [int(length) for length in lengths]
+
+
+@dataclass(frozen=True, eq=False)
+class ContextLayout:
+    """S segments of packed query and key rows, and the segments that each one reads in full.
+
+    Row i of segment s attends to every key row of its contexts, and to its own key rows up to
+    ``kv_len[s] - q_len[s] + i`` (causal, aligned at the end).
+
+    Args:
+        q_start, q_len: int32 ``[S]``, the query rows of each segment; segments do not overlap.
+        kv_start, kv_len: int32 ``[S]``, the key rows of each segment.
+        contexts: int32 ``[S, C]``, indices of segments, -1 where there is none. A context is read through its key
+            rows only: it may come later in the batch, and its own contexts are not inherited.
+    """
+
+    q_start: Tensor
+    q_len: Tensor
+    kv_start: Tensor
+    kv_len: Tensor
+    contexts: Tensor
+
+    @property
+    def num_segments(self) -> int:
+        return self.q_len.shape[0]
+
+    @property
+    def device(self) -> torch.device:
+        return self.q_len.device
+
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        return self.q_start, self.q_len, self.kv_start, self.kv_len, self.contexts
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> ContextLayout:
+        return ContextLayout(*(tensor.to(device, non_blocking=non_blocking) for tensor in self.tensors()))
+
+    @classmethod
+    def from_lists(
+        cls,
+        q_start: Sequence[int],
+        q_len: Sequence[int],
+        kv_start: Sequence[int],
+        kv_len: Sequence[int],
+        contexts: Sequence[Sequence[int]],
+        *,
+        device: torch.device | str | None = None,
+    ) -> ContextLayout:
+        """From Python lists; ``contexts`` may be ragged."""
+        width = max((len(row) for row in contexts), default=0)
+        padded = [list(row) + [-1] * (width - len(row)) for row in contexts]
+        rows = [torch.tensor(list(values), dtype=torch.int32) for values in (q_start, q_len, kv_start, kv_len)]
+        layout = cls(*rows, torch.tensor(padded, dtype=torch.int32).reshape(len(padded), width))
+        return layout if device is None else layout.to(device)
+
+    @classmethod
+    def _self_attention(cls, lengths: list[int], contexts: list[list[int]], device) -> ContextLayout:
+        starts = [0, *accumulate(lengths)][:-1]
+        return cls.from_lists(starts, lengths, starts, lengths, contexts, device=device)
+
+    @classmethod
+    def packed(
+        cls,
+        lengths: Lengths | None = None,
+        *,
+        offsets: Lengths | None = None,
+        device: torch.device | str | None = None,
+    ) -> ContextLayout:
+        """Independent causal segments, one after the other, given by ``lengths [S]`` or ``offsets [S+1]``."""
+        if (lengths is None) == (offsets is None):
+            raise ValueError("give exactly one of lengths and offsets")
+        if offsets is not None:
+            bounds = _int_list(offsets)
+            sizes = [end - start for start, end in zip(bounds, bounds[1:])]
+            starts = bounds[:-1]
+            return cls.from_lists(starts, sizes, starts, sizes, [[] for _ in sizes], device=device)
+        sizes = _int_list(lengths)
+        return cls._self_attention(sizes, [[] for _ in sizes], device)
+
+    @classmethod
+    def branches(
+        cls,
+        context_lengths: Lengths,
+        branch_lengths: Sequence[Sequence[int]],
+        *,
+        device: torch.device | str | None = None,
+    ) -> ContextLayout:
+        """Each context followed by its branches: context_0, its branches, context_1, its branches, ...
+
+        A context is causal in itself; a branch reads its context in full and itself causally, and no other branch.
+        """
+        contexts_of: list[list[int]] = []
+        lengths: list[int] = []
+        for context_length, branches in zip(_int_list(context_lengths), branch_lengths, strict=True):
+            context = len(lengths)
+            lengths += [context_length, *branches]
+            contexts_of += [[], *([context] for _ in branches)]
+        return cls._self_attention(lengths, contexts_of, device)
+
+    @classmethod
+    def blocks(
+        cls,
+        block_lengths: Sequence[Sequence[int]],
+        final_lengths: Lengths,
+        *,
+        device: torch.device | str | None = None,
+    ) -> ContextLayout:
+        """Per sample, independent causal blocks and then a final segment that reads all of them and itself."""
+        contexts_of: list[list[int]] = []
+        lengths: list[int] = []
+        for blocks, final_length in zip(block_lengths, _int_list(final_lengths), strict=True):
+            first = len(lengths)
+            lengths += [*blocks, final_length]
+            contexts_of += [[] for _ in blocks]
+            contexts_of.append(list(range(first, first + len(blocks))))
+        return cls._self_attention(lengths, contexts_of, device)
+
+    @classmethod
+    def padded(
+        cls,
+        kv_lengths: Lengths,
+        kv_stride: int,
+        *,
+        kv_padding: Lengths | int = 0,
+        q_lengths: Lengths | int | None = None,
+        q_stride: int | None = None,
+        q_padding: Lengths | int = 0,
+        device: torch.device | str | None = None,
+    ) -> ContextLayout:
+        """Prefill or decode over a padded cache ``[B, kv_stride, ...]`` seen as ``[B * kv_stride, ...]`` rows.
+
+        Args:
+            kv_lengths: ``[B]``, how many key rows of each sample are valid.
+            kv_stride: rows of the cache per sample.
+            kv_padding: unused rows before the valid ones (left padding), one number or ``[B]``.
+            q_lengths: valid query rows per sample, the last ones of its keys; all of ``kv_lengths`` by default (prefill),
+                1 for decode.
+            q_stride: query rows per sample; the largest of ``q_padding + q_lengths`` by default.
+            q_padding: unused query rows before the valid ones.
+        """
+        sizes = _int_list(kv_lengths)
+
+        def spread(value: Lengths | int) -> list[int]:
+            return [value] * len(sizes) if isinstance(value, int) else _int_list(value)
+
+        q_sizes = spread(sizes if q_lengths is None else q_lengths)
+        q_pads, kv_pads = spread(q_padding), spread(kv_padding)
+        if q_stride is None:
+            q_stride = max((pad + size for pad, size in zip(q_pads, q_sizes, strict=True)), default=0)
+        return cls.from_lists(
+            [row * q_stride + pad for row, pad in enumerate(q_pads)],
+            q_sizes,
+            [row * kv_stride + pad for row, pad in enumerate(kv_pads)],
+            sizes,
+            [[] for _ in sizes],
+            device=device,
+        )
+
+    def validate(self, num_query_rows: int | None = None, num_key_rows: int | None = None) -> ContextLayout:
+        """Checks the values (copies them to the host if they are not there) and returns the layout itself.
+
+        Raises:
+            ValueError: a wrong shape or dtype, a negative length, a range outside the rows, overlapping query ranges
+                or a context that is no segment.
+        """
+        check_layout_shapes(*self.tensors())
+        q_start, q_len, kv_start, kv_len = (tensor.tolist() for tensor in self.tensors()[:4])
+        segments = self.num_segments
+        for name, starts, lengths, rows in (
+            ("q", q_start, q_len, num_query_rows),
+            ("kv", kv_start, kv_len, num_key_rows),
+        ):
+            for segment, (start, length) in enumerate(zip(starts, lengths)):
+                if start < 0 or length < 0:
+                    raise ValueError(
+                        f"{name}_start ({start}) and {name}_len ({length}) of segment {segment} must not be negative"
+                    )
+                if rows is not None and start + length > rows:
+                    raise ValueError(
+                        f"{name}_start + {name}_len ({start + length}) of segment {segment} must be at most the number "
+                        f"of rows ({rows})"
+                    )
+        ranges = sorted((start, start + length) for start, length in zip(q_start, q_len) if length)
+        for (_, end), (start, _) in zip(ranges, ranges[1:]):
+            if start < end:
+                raise ValueError(f"query ranges must not overlap: one starts at {start} before another ends at {end}")
+        for segment, row in enumerate(self.contexts.tolist()):
+            for context in row:
+                if not -1 <= context < segments:
+                    raise ValueError(
+                        f"contexts ({context}) of segment {segment} must be -1 or a segment below {segments}"
+                    )
+        return self
+
+
+def check_layout_shapes(q_start: Tensor, q_len: Tensor, kv_start: Tensor, kv_len: Tensor, contexts: Tensor) -> None:
+    segments = q_start.shape[0] if q_start.dim() == 1 else -1
+    for name, tensor in (("q_start", q_start), ("q_len", q_len), ("kv_start", kv_start), ("kv_len", kv_len)):
+        if tensor.dim() != 1 or tensor.shape[0] != segments:
+            raise ValueError(f"{name} must have shape [S] like q_start, got {list(tensor.shape)}")
+    if contexts.dim() != 2 or contexts.shape[0] != segments:
+        raise ValueError(f"contexts must have shape [S, C] with S = {segments}, got {list(contexts.shape)}")
+    for name, tensor in zip(ContextLayout.__dataclass_fields__, (q_start, q_len, kv_start, kv_len, contexts)):
+        if tensor.dtype != torch.int32:
+            raise ValueError(f"{name} must be int32, got {tensor.dtype}")

@@ -1,0 +1,210 @@
+"""Reading and writing models: our own format here, ml-clara's in :mod:`clara_fast.modeling.ml_clara`."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from clara_fast.modeling import ml_clara, roles
+from clara_fast.modeling.attention import IMPLEMENTATION
+from clara_fast.modeling.config import MODEL_TYPE, ClaraConfig, read_config
+
+if TYPE_CHECKING:
+    from clara_fast.modeling.clara import Clara
+
+MEMORY_FILE = "memory.safetensors"
+ADAPTER_FILE = "adapter_model.safetensors"
+PEFT_PREFIX = "base_model.model."
+
+
+def load_base(base_model: str, dtype: torch.dtype | str, device: torch.device | str | None) -> tuple[Any, Any]:
+    """The base model with our attention, and its tokenizer. No code of the model's repository is run."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        lm = AutoModelForCausalLM.from_pretrained(base_model, dtype=dtype, attn_implementation=IMPLEMENTATION)
+        tokenizer = AutoTokenizer.from_pretrained(base_model)
+    except (OSError, ValueError, SafetensorError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(f"base_model ({base_model!r}) cannot be loaded: {reason}") from error
+    return lm.to(device), tokenizer
+
+
+def load_model(
+    cls: type[Clara],
+    name_or_path: str | Path,
+    subfolder: str | None,
+    base_model: str | Path | None,
+    dtype: torch.dtype | str,
+    device: torch.device | str | None,
+    revision: str | None,
+) -> Any:
+    """Find the checkpoint, see whose format it has, and load it."""
+    folder = _find(name_or_path, subfolder, revision)
+    content = read_config(folder)
+    kind = content.get("model_type")
+    if kind == ml_clara.MODEL_TYPE:
+        return ml_clara.load(cls, folder, content, base_model, dtype, device).eval()
+    if kind != MODEL_TYPE:
+        raise ValueError(
+            f"{folder} holds a {kind!r} model, not a Clara; to start from it as a base use Clara.from_base()"
+        )
+    config = ClaraConfig.from_dict(content, str(folder / "config.json"))
+    if base_model is not None:
+        config.base_model = str(base_model)
+    lm, tokenizer = load_base(config.base_model, dtype, device)
+    model = cls(config, lm, tokenizer, prompts_folder=folder)
+    for role in roles.ROLES:
+        if (folder / role).is_dir():
+            model.add_role(role)
+            load_adapter(model, role, read_adapter(folder / role))
+    if not model.roles:
+        raise FileNotFoundError(f"{folder} holds no adapter: none of {', '.join(roles.ROLES)} is there")
+    _load_memory(model, folder / MEMORY_FILE)
+    return model.eval()
+
+
+def save_model(model: Clara, path: Path, format: str) -> None:
+    """Write into a temporary folder beside ``path``, then rename: a killed process leaves the old one or the new."""
+    writers = {MODEL_TYPE: _write, "ml-clara": ml_clara.write}
+    if format not in writers:
+        raise ValueError(f"format ({format!r}) must be one of {sorted(writers)}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    try:
+        writers[format](model, temporary)
+        temporary.chmod(0o755)
+        if path.is_dir():
+            # Other files of the folder (a trainer's state, a store's notes) stay where they are.
+            for entry in temporary.iterdir():
+                target = path / entry.name
+                if target.is_dir():
+                    shutil.rmtree(target)
+                os.replace(entry, target)
+        else:
+            os.replace(temporary, path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def adapter_state(model: Clara, role: str) -> dict[str, Tensor]:
+    """The role's LoRA matrices by name, in bfloat16 (their own dtype for a float64 model)."""
+    wide = model.dtype == torch.float64
+    return {
+        name: parameter.detach().to("cpu", torch.float64 if wide else torch.bfloat16).contiguous()
+        for name, parameter in roles.role_parameters(model.lm, role).items()
+    }
+
+
+def load_adapter(model: Clara, role: str, tensors: dict[str, Tensor], source: str = "the adapter") -> None:
+    """Copy LoRA matrices into the role. Raises ``ValueError`` naming tensors that are missing, foreign or misshapen."""
+    parameters = roles.role_parameters(model.lm, role)
+    missing = sorted(set(parameters) - set(tensors))
+    foreign = sorted(set(tensors) - set(parameters))
+    if missing or foreign:
+        what = f"lacks {missing[0]} (and {len(missing) - 1} more)" if missing else f"holds {foreign[0]}, unknown here"
+        raise ValueError(f"{source} of role {role} does not fit the base model: it {what}")
+    for name, parameter in parameters.items():
+        if tensors[name].shape != parameter.shape:
+            raise ValueError(
+                f"{name} of role {role} has shape {tuple(tensors[name].shape)}, the base model needs "
+                f"{tuple(parameter.shape)}"
+            )
+        parameter.data.copy_(tensors[name])
+
+
+def read_adapter(folder: Path) -> dict[str, Tensor]:
+    """LoRA matrices from a folder in peft's format."""
+    if not (folder / ADAPTER_FILE).is_file():
+        raise FileNotFoundError(f"{folder} is not an adapter: it holds no {ADAPTER_FILE}")
+    return {
+        name.removeprefix(PEFT_PREFIX): tensor for name, tensor in read_safetensors(folder / ADAPTER_FILE).items()
+    }
+
+
+def read_safetensors(file: Path) -> dict[str, Tensor]:
+    """All tensors of a file. Raises ``ValueError`` naming the file if it is truncated or of another kind."""
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} is missing from the checkpoint")
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            return {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118 - no mapping
+    except SafetensorError as error:
+        raise ValueError(f"{file} is damaged or no safetensors file: {error}") from None
+
+
+def _find(name_or_path: str | Path, subfolder: str | None, revision: str | None) -> Path:
+    folder = Path(name_or_path).expanduser()
+    if not folder.exists() and len(Path(name_or_path).parts) == 2 and not folder.is_absolute():
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+        patterns = [f"{subfolder}/*"] if subfolder else None
+        try:
+            folder = Path(snapshot_download(str(name_or_path), revision=revision, allow_patterns=patterns))
+        except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+            raise FileNotFoundError(
+                f"{name_or_path} is neither a folder here nor to be had from the hub: {str(error).splitlines()[0]}"
+            ) from error
+    folder = folder / subfolder if subfolder else folder
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder} does not exist")
+    return folder
+
+
+def _write(model: Clara, folder: Path) -> None:
+    model.config.save(folder)
+    model.prompts.save(folder)
+    model.tokenizer.save_pretrained(folder)
+    for role in sorted(model.roles):
+        (folder / role).mkdir()
+        tensors = {PEFT_PREFIX + name: tensor for name, tensor in adapter_state(model, role).items()}
+        save_file(tensors, folder / role / ADAPTER_FILE, metadata={"format": "pt"})
+        config = roles.lora_config(model.config.lora, model.config.base_model)
+        config.inference_mode = True
+        config.save_pretrained(folder / role)
+    save_file(_memory_state(model), folder / MEMORY_FILE, metadata={"format": "pt"})
+
+
+def _memory_state(model: Clara) -> dict[str, Tensor]:
+    """What a model has beside its adapters: memory embeddings, rows of added tokens, connector."""
+    ids = model.text.added_ids
+    tables = {"embed_tokens": model.lm.get_input_embeddings(), "lm_head": model.lm.get_output_embeddings()}
+    state = {"memory_embeddings": model.memory_embeddings}
+    state |= {f"{name}.added_rows": layer.weight[ids] for name, layer in tables.items()}
+    if model.own_tables:
+        state |= {f"{name}.weight": layer.weight for name, layer in tables.items()}
+    if model.connector is not None:
+        state |= {f"connector.{name}": p for name, p in model.connector.named_parameters()}
+    return {name: tensor.detach().cpu().clone().contiguous() for name, tensor in state.items()}
+
+
+def _load_memory(model: Clara, file: Path) -> None:
+    state = read_safetensors(file)
+    targets: dict[str, Tensor] = {"memory_embeddings": model.memory_embeddings.data}
+    rows = {"embed_tokens": model.lm.get_input_embeddings(), "lm_head": model.lm.get_output_embeddings()}
+    if model.connector is not None:
+        targets |= {f"connector.{name}": p.data for name, p in model.connector.named_parameters()}
+    model.own_tables = "embed_tokens.weight" in state
+    if model.own_tables:
+        targets |= {f"{name}.weight": layer.weight.data for name, layer in rows.items()}
+    for name, target in targets.items():
+        if name not in state:
+            raise ValueError(f"{file} lacks the tensor {name}")
+        if state[name].shape != target.shape:
+            raise ValueError(
+                f"{name} in {file} has shape {tuple(state[name].shape)}, the model needs {tuple(target.shape)}"
+            )
+        target.copy_(state[name])
+    for name, layer in rows.items():
+        layer.weight.data[model.text.added_ids] = state[f"{name}.added_rows"].to(layer.weight)

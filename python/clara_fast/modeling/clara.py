@@ -1,0 +1,441 @@
+"""The CLaRa model: one causal language model, three LoRA roles, and the memory tokens."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from clara_fast import ops
+from clara_fast.modeling import attention, roles
+from clara_fast.modeling.config import ClaraConfig, LoraSettings
+from clara_fast.modeling.connector import Connector
+from clara_fast.modeling.packing import PackedDocuments, PackedPrompts, batches_by_tokens, pack_documents
+from clara_fast.modeling.prompts import Prompts
+from clara_fast.modeling.roles import Role
+from clara_fast.modeling.text import TextEncoder
+
+TRAINABLE_PARTS = (*roles.ROLES, "memory_tokens", "connector")
+
+
+@dataclass
+class ClaraOutput:
+    """What a training forward pass returns.
+
+    Attributes:
+        lm_loss: scalar, cross-entropy over the answers' tokens: their mean, or their sum over ``num_items``.
+        mse_loss: scalar, mean squared distance of mean memory and mean text state (paper section 3).
+        memory: ``[S, m, D]`` memories of the documents.
+        query: ``[B, m, D]`` memories of the questions, if there were any.
+        scores: ``[B, N]`` float32 cosines of questions and candidates, if there were any.
+        indices: ``[B, k]`` int64 candidates that were selected, if there were any.
+    """
+
+    lm_loss: Tensor
+    mse_loss: Tensor
+    memory: Tensor
+    query: Tensor | None = None
+    scores: Tensor | None = None
+    indices: Tensor | None = None
+
+
+class Clara(nn.Module):
+    """A base causal language model as compressor, query reasoner and generator (arXiv 2511.18659).
+
+    Make one with :meth:`from_base` or :meth:`from_pretrained`.
+
+    Args:
+        config: geometry and options.
+        lm: a transformers causal language model loaded with ``attn_implementation="clara_fast"``.
+        tokenizer: the base model's; the added tokens are appended to it.
+        prompts_folder: where a checkpoint's own ``prompts.json`` lies.
+    """
+
+    def __init__(
+        self,
+        config: ClaraConfig,
+        lm: nn.Module,
+        tokenizer: PreTrainedTokenizerBase,
+        prompts_folder: Path | None = None,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.lm = lm.requires_grad_(False)
+        config.hidden_size = lm.get_input_embeddings().embedding_dim
+        self.text = TextEncoder(config, tokenizer)
+        self.prompts = Prompts.load(prompts_folder, tokenizer, self.text.memory_block)
+        self._add_token_rows()
+        rows = self.lm.get_input_embeddings().weight[self.text.memory_ids[: self._num_memory_rows]]
+        wide = torch.float64 if rows.dtype == torch.float64 else torch.float32
+        self.memory_embeddings = nn.Parameter(rows.detach().to(wide, copy=True), requires_grad=False)
+        self.connector = Connector(config.hidden_size, device=rows.device, dtype=wide) if config.connector else None
+        if self.connector is not None:
+            self.connector.requires_grad_(False)
+        # Whether the base's own embedding rows were changed, as a foreign checkpoint may have it.
+        self.own_tables = False
+        self.roles: set[str] = set()
+        self.trainable: frozenset[str] = frozenset()
+
+    @classmethod
+    def from_base(
+        cls,
+        base_model: str | Path,
+        *,
+        doc_max_length: int = 256,
+        compression_rate: int = 16,
+        lora: LoraSettings | dict[str, Any] | None = None,
+        dtype: torch.dtype | str = "auto",
+        device: torch.device | str | None = None,
+        **options: Any,
+    ) -> Self:
+        """A new model: any transformers decoder with fresh adapters for compressor and generator.
+
+        Args:
+            base_model: hub name or folder.
+            doc_max_length: tokens read of each document.
+            compression_rate: document tokens per memory token.
+            lora: size of the adapters.
+            dtype: of the base model; adapters and memory tokens are float32.
+            device: default CUDA if there is one, else CPU.
+            options: further fields of :class:`ClaraConfig`.
+        """
+        from clara_fast.modeling.checkpoint import load_base
+
+        config = ClaraConfig(
+            base_model=str(base_model),
+            doc_max_length=doc_max_length,
+            compression_rate=compression_rate,
+            lora=LoraSettings(**lora) if isinstance(lora, dict) else lora or LoraSettings(),
+            **options,
+        )
+        lm, tokenizer = load_base(config.base_model, dtype, device)
+        model = cls(config, lm, tokenizer)
+        model.add_role("compressor")
+        model.add_role("generator")
+        return model.eval()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str | Path,
+        *,
+        subfolder: str | None = None,
+        base_model: str | Path | None = None,
+        dtype: torch.dtype | str = "auto",
+        device: torch.device | str | None = None,
+        revision: str | None = None,
+    ) -> Self:
+        """Load a saved model, ours or one of ml-clara's, from a folder or the hub.
+
+        Every adapter that is present is loaded. ``base_model`` overrides where the base model is looked for.
+
+        Raises:
+            FileNotFoundError: a file of the checkpoint is missing; it is named.
+            ValueError: a file is damaged or does not fit the base model.
+        """
+        from clara_fast.modeling.checkpoint import load_model
+
+        return load_model(cls, name_or_path, subfolder, base_model, dtype, device, revision)
+
+    def save_pretrained(self, path: str | Path, *, format: str = "clara_fast") -> None:
+        """Write the model (without its base) to ``path``; it is complete there or not there at all.
+
+        ``format="clara_fast"``: one folder per role that peft can load, ``memory.safetensors``, ``config.json``,
+        ``prompts.json`` and the tokenizer. ``format="ml-clara"``: the reference's files.
+        """
+        from clara_fast.modeling.checkpoint import save_model
+
+        save_model(self, Path(path), format)
+
+    # Parts
+
+    def add_role(self, role: Role, *, copy_of: Role | None = None) -> None:
+        """Add a fresh adapter for ``role``, or one that starts as a copy of another role's."""
+        if role in self.roles:
+            raise ValueError(f"role ({role!r}) is there already")
+        if copy_of is not None and copy_of not in self.roles:
+            raise ValueError(f"copy_of ({copy_of!r}) must be one of the model's roles ({sorted(self.roles)})")
+        roles.add_role(self.lm, role, self.config.lora)
+        self.roles.add(role)
+        if copy_of is not None:
+            source = roles.role_parameters(self.lm, copy_of)
+            for name, parameter in roles.role_parameters(self.lm, role).items():
+                parameter.data.copy_(source[name].data)
+        self.train_only(*self.trainable)
+
+    def train_only(self, *parts: str) -> None:
+        """Freeze everything but ``parts``: names of roles, ``"memory_tokens"``, ``"connector"``.
+
+        A frozen role has no dropout and builds no graph, also while the model is in training mode.
+        """
+        present = {*self.roles, "memory_tokens", *(["connector"] if self.connector is not None else [])}
+        for part in parts:
+            if part not in present:
+                raise ValueError(f"part ({part!r}) must be one of {sorted(present)}")
+        self.trainable = frozenset(parts)
+        for role in self.roles:
+            for parameter in roles.role_parameters(self.lm, role).values():
+                parameter.requires_grad_(role in self.trainable)
+        self.memory_embeddings.requires_grad_("memory_tokens" in self.trainable)
+        if self.connector is not None:
+            self.connector.requires_grad_("connector" in self.trainable)
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> Self:
+        super().train(mode)
+        for role in self.roles - self.trainable:
+            for dropout in roles.dropout_modules(self.lm, role):
+                dropout.eval()
+        return self
+
+    @property
+    def device(self) -> torch.device:
+        """Where the base model lies."""
+        return self.lm.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the base model, and so of memories."""
+        return self.lm.dtype
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The base model's tokenizer with the added tokens."""
+        return self.text.tokenizer
+
+    @property
+    def query_role(self) -> Role:
+        """Who encodes questions: the query reasoner, or the compressor before there is one (stage 1)."""
+        return "query_reasoner" if "query_reasoner" in self.roles else "compressor"
+
+    @property
+    def fingerprint(self) -> str:
+        """Identity of everything that determines a memory: 16 hexadecimal digits.
+
+        Equal for models that write interchangeable memories: same base, compressor, memory tokens and geometry, in
+        whatever dtype they were loaded.
+        """
+        c = self.config
+        digest = hashlib.sha256(
+            json.dumps(
+                [c.doc_max_length, c.compression_rate, c.memory_positions, c.distinct_memory_tokens, c.hidden_size]
+            ).encode()
+        )
+        table = self.lm.get_input_embeddings().weight
+        parts = [table[:64], table[self.text.added_ids], self.memory_embeddings]
+        parts += [parameter for _, parameter in sorted(roles.role_parameters(self.lm, "compressor").items())]
+        parts += list(self.connector.parameters()) if self.connector is not None else []
+        for part in parts:
+            digest.update(part.detach().to(torch.bfloat16).cpu().contiguous().view(torch.int16).numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+    # Documents and questions to memories
+
+    def pack(self, texts: Sequence[str], *, max_length: int | None = None) -> PackedDocuments:
+        """Tokenise and pack documents or questions; longer ones are cut to ``max_length`` tokens."""
+        ids, _ = self.text.documents(texts, max_length=max_length)
+        return pack_documents(ids, self.text.memory_ids, spread=self.config.memory_positions == "spread")
+
+    def encode(self, packed: PackedDocuments, role: Role) -> tuple[Tensor, Tensor]:
+        """Memories ``[S, m, D]`` and mean squared errors ``[S]`` of packed texts, with a graph if ``role`` trains."""
+        m = self.config.num_memory
+        with torch.set_grad_enabled(torch.is_grad_enabled() and role in self.trainable):
+            embeds = self.lm.get_input_embeddings()(packed.input_ids)
+            tail = torch.arange(-m, 0, device=embeds.device)
+            rows = (packed.offsets[1:, None] + tail).flatten().long()
+            tokens = self.memory_embeddings.expand(m, -1).repeat(len(packed), 1)
+            embeds = embeds.index_copy(0, rows, tokens.to(embeds.dtype))
+            hidden = roles.run_backbone(self.lm.get_decoder(), role, packed.layout, embeds, packed.position_ids)
+            memory, mse = ops.pool_memory(hidden, packed.offsets, m)
+            return (memory if self.connector is None else self.connector(memory)), mse
+
+    def compress(
+        self,
+        documents: Sequence[str],
+        *,
+        max_tokens: int = 8192,
+        progress: Callable[[int], None] | None = None,
+    ) -> Tensor:
+        """Memories ``[N, m, D]`` of documents, in their order and the model's dtype.
+
+        Args:
+            documents: texts; what goes beyond ``doc_max_length`` tokens is cut off, with one warning.
+            max_tokens: tokens that go through the model at once (documents are packed, not padded).
+            progress: called with the number of documents after each batch.
+
+        Raises:
+            ValueError: a document is empty; its index is named.
+        """
+        return self._encode_texts(documents, "compressor", max_tokens, progress)
+
+    def encode_queries(self, questions: str | Sequence[str], *, max_tokens: int = 8192) -> Tensor:
+        """Memories ``[B, m, D]`` of questions, by the query reasoner."""
+        questions = [questions] if isinstance(questions, str) else questions
+        return self._encode_texts(questions, self.query_role, max_tokens, None)
+
+    def count_tokens(self, documents: Sequence[str]) -> list[int]:
+        """Tokens of each document before anything is cut off."""
+        ids, _ = self.text.documents(documents, max_length=2**62)
+        return [len(row) - 3 for row in ids]
+
+    def _encode_texts(
+        self, texts: Sequence[str], role: Role, max_tokens: int, progress: Callable[[int], None] | None
+    ) -> Tensor:
+        if isinstance(texts, str):
+            raise TypeError("documents must be a sequence of strings, not one string")
+        ids, num_cut = self.text.documents(texts)
+        if num_cut:
+            warnings.warn(
+                f"{num_cut} of {len(texts)} texts were cut to doc_max_length ({self.config.doc_max_length} tokens)",
+                stacklevel=3,
+            )
+        m, d = self.config.num_memory, self.config.hidden_size
+        memories = torch.empty(len(ids), m, d, dtype=self.dtype, device=self.device)
+        with self.inference():
+            for batch in batches_by_tokens([len(row) + m for row in ids], max_tokens):
+                packed = pack_documents(
+                    [ids[i] for i in batch], self.text.memory_ids, spread=self.config.memory_positions == "spread"
+                )
+                memories[batch] = self.encode(packed.to(self.device), role)[0]
+                if progress is not None:
+                    progress(len(batch))
+        return memories
+
+    @contextmanager
+    def inference(self) -> Iterator[None]:
+        """No gradients and no dropout inside; the mode is put back afterwards."""
+        training = self.training
+        self.eval()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self.train(training)
+
+    # Training
+
+    def forward(
+        self,
+        documents: PackedDocuments,
+        prompts: PackedPrompts,
+        queries: PackedDocuments | None = None,
+        candidates: Tensor | None = None,
+        *,
+        top_k: int | None = None,
+        num_items: Tensor | int | None = None,
+        temperature: float = 0.02,
+        taken_logit: float = -math.inf,
+    ) -> ClaraOutput:
+        """Losses of a batch (paper equations of SCP and joint training).
+
+        Without ``queries`` the memories of ``documents`` fill the prompts' slots in order (stages 1 and 1_2).
+        With them, each question picks ``top_k`` of its ``candidates`` (``[B, N]`` int64 rows of ``documents``, -1 for
+        none) by the straight-through top-k, and their memories fill its prompt (stage 2).
+
+        Args:
+            num_items: answer tokens of the whole optimizer step, if the batch is only a part of it.
+            temperature: of the straight-through softmax.
+            taken_logit: see :func:`clara_fast.ops.select_memory`.
+        """
+        documents, prompts = documents.to(self.device), prompts.to(self.device)
+        memory, mse = self.encode(documents, "compressor")
+        output = ClaraOutput(lm_loss=mse.new_zeros(()), mse_loss=mse.mean(), memory=memory)
+        filling = memory
+        if queries is not None and candidates is not None:
+            output.query, _ = self.encode(queries.to(self.device), self.query_role)
+            candidates = candidates.to(self.device)
+            valid = candidates >= 0
+            options = memory[candidates.clamp_min(0)]
+            filling, output.indices, output.scores = ops.select_memory(
+                output.query.flatten(1),
+                options.flatten(2),
+                options,
+                top_k or self.config.top_k,
+                temperature=temperature,
+                valid=valid,
+                taken_logit=taken_logit,
+            )
+        output.lm_loss = self.answer_loss(prompts, filling.flatten(0, -2), num_items)
+        return output
+
+    def answer_loss(self, prompts: PackedPrompts, memory: Tensor, num_items: Tensor | int | None = None) -> Tensor:
+        """Cross-entropy of the answers' tokens when ``memory [n * m, D]`` fills the prompts' slots.
+
+        Logits are computed for the answers' rows only.
+        """
+        logits, labels = self.answer_logits(prompts, memory)
+        if num_items is None:
+            return F.cross_entropy(logits.float(), labels)
+        return F.cross_entropy(logits.float(), labels, reduction="sum") / num_items
+
+    def answer_logits(self, prompts: PackedPrompts, memory: Tensor) -> tuple[Tensor, Tensor]:
+        """``[n, V]`` logits that predict the answers' ``n`` tokens, and those tokens ``[n]``."""
+        if memory.shape[0] != prompts.memory_slots.numel():
+            raise ValueError(
+                f"memory rows ({memory.shape[0]}) must equal the prompts' memory slots ({prompts.memory_slots.numel()})"
+            )
+        embeds = self.lm.get_input_embeddings()(prompts.input_ids)
+        embeds = embeds.index_copy(0, prompts.memory_slots, memory.to(embeds.dtype))
+        rows = (prompts.labels != -100).nonzero().flatten()
+        if rows.numel() == 0:
+            raise ValueError("the batch holds no answer token to take a loss on")
+        output = self.lm(
+            inputs_embeds=embeds.unsqueeze(0),
+            position_ids=prompts.position_ids.unsqueeze(0),
+            attention_mask=attention.packed_mask(embeds),
+            use_cache=False,
+            logits_to_keep=rows,
+            clara_role="generator",
+            clara_layout=prompts.layout,
+        )
+        return output.logits[0], prompts.labels[rows]
+
+    # The system, put together
+
+    def rerank(self, question: str, documents: Sequence[str], *, top_k: int | None = None) -> tuple[Tensor, Tensor]:
+        """Indices ``[k]`` and cosines ``[k]`` of the documents nearest to the question, best first (all of them)."""
+        from clara_fast.modeling.answering import nearest
+
+        return nearest(self, self.encode_queries(question), self.compress(documents), top_k or len(documents))
+
+    def answer(self, questions: str | Sequence[str], **options: Any) -> Any:
+        """Answer from a store, documents or memories; see :func:`clara_fast.modeling.answering.answer`."""
+        from clara_fast.modeling.answering import answer
+
+        return answer(self, questions, **options)
+
+    def paraphrase(self, memory: Tensor, *, instruction: int = 0, **generate_options: Any) -> list[str]:
+        """Write out what each memory of ``[N, m, D]`` says; see :func:`clara_fast.modeling.answering.paraphrase`."""
+        from clara_fast.modeling.answering import paraphrase
+
+        return paraphrase(self, memory, instruction=instruction, **generate_options)
+
+    # Construction
+
+    @property
+    def _num_memory_rows(self) -> int:
+        return self.config.num_memory if self.config.distinct_memory_tokens else 1
+
+    def _add_token_rows(self) -> None:
+        """Rows for the added tokens: memory tokens start at the mean embedding, markers somewhere around it."""
+        size = max(self.lm.get_input_embeddings().weight.shape[0], len(self.tokenizer))
+        if size != self.lm.get_input_embeddings().weight.shape[0]:
+            self.lm.resize_token_embeddings(size, mean_resizing=False)
+        for layer in {self.lm.get_input_embeddings(), self.lm.get_output_embeddings()}:
+            table = layer.weight.detach()
+            known = table[: self.text.added_ids[0]].float()
+            noise = torch.randn(len(self.text.added_ids), known.shape[1], generator=torch.Generator().manual_seed(0))
+            noise[: self._num_memory_rows] = 0
+            table[self.text.added_ids] = (known.mean(0) + noise.to(known.device) * known.std(0)).to(table.dtype)
+        self.lm.requires_grad_(False)

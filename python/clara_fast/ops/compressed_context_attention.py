@@ -12,8 +12,8 @@ from torch import Tensor
 from clara_fast.ops import _library
 from clara_fast.ops.layout import ContextLayout, check_layout_shapes
 
-# Query rows per tile: bounds the scores that exist at once, and skips what the causal mask hides past it.
-_TILE_ROWS = 512
+# Query rows per tile: scores stay in cache, and keys past the tile's last row, which none of it sees, are skipped.
+_TILE_ROWS = 128
 # Tiles of one shape are computed as one batch up to so many score elements per head.
 _BATCH_SCORES = 1 << 16
 
@@ -50,11 +50,95 @@ class _Tile:
         return merged
 
 
-@dataclass(frozen=True)
-class _Plan:
-    """The tiles of a layout, grouped by shape, and whether they cover query rows 0..``num_rows`` without a hole."""
+class _Rows:
+    """As many rows of a packed tensor for each of ``count`` tiles: a strided view where the tiles are evenly spaced."""
 
-    batches: tuple[tuple[_Tile, ...], ...]
+    def __init__(self, ranges_of: list[list[tuple[int, int]]], device: torch.device) -> None:
+        starts = [ranges[0][0] for ranges in ranges_of]
+        self.count = len(ranges_of)
+        self.length = sum(length for _, length in ranges_of[0])
+        self.start = starts[0]
+        self.step = starts[1] - starts[0] if self.count > 1 else 0
+        even = all(later - earlier == self.step for earlier, later in zip(starts, starts[1:]))
+        self.index = None
+        if not even or self.step < 0 or any(len(ranges) > 1 for ranges in ranges_of):
+            rows = [torch.arange(start, start + length) for ranges in ranges_of for start, length in ranges]
+            self.index = torch.cat(rows).to(device)
+        self.disjoint = self.count == 1 or self.step >= self.length
+
+    def _view(self, source: Tensor) -> Tensor:
+        stride = source.stride()
+        offset = source.storage_offset() + self.start * stride[0]
+        size = (self.count, self.length, *source.shape[1:])
+        return source.as_strided(size, (self.step * stride[0], *stride), offset)
+
+    def take(self, source: Tensor) -> Tensor:
+        """``[rows, ...] -> [count, length, ...]``."""
+        if self.index is None:
+            return self._view(source)
+        return source.index_select(0, self.index).view(self.count, self.length, *source.shape[1:])
+
+    def put(self, target: Tensor, values: Tensor) -> None:
+        if self.index is None:
+            self._view(target).copy_(values)
+        else:
+            target.index_copy_(0, self.index, values.flatten(0, 1).to(target.dtype))
+
+    def add(self, target: Tensor, values: Tensor) -> None:
+        if self.index is None and self.disjoint:
+            self._view(target).add_(values)
+        elif self.index is None:
+            for tile, own in enumerate(values):
+                start = self.start + tile * self.step
+                target[start : start + self.length].add_(own)
+        else:
+            target.index_add_(0, self.index, values.flatten(0, 1))
+
+
+class _Batch:
+    """Tiles of one shape, computed together: their rows as matrices, and the gradients back to the rows."""
+
+    def __init__(self, tiles: list[_Tile], device: torch.device) -> None:
+        self.rows = tiles[0].q_len
+        self.has_own = tiles[0].kv_len > 0
+        self.q = _Rows([[(tile.q_start, tile.q_len)] for tile in tiles], device)
+        self.kv = _Rows([tile.key_ranges for tile in tiles], device)
+
+    def queries(self, source: Tensor, heads: int) -> Tensor:
+        """``[rows, Hq, E] -> [count * Hkv, groups * L, E]``, query heads of one key head side by side."""
+        rows = self.q.take(source).unflatten(2, (heads, -1)).permute(0, 2, 3, 1, 4)
+        return rows.reshape(rows.shape[0] * heads, -1, rows.shape[4])
+
+    def keys(self, source: Tensor) -> Tensor:
+        """``[rows, Hkv, E] -> [count * Hkv, L, E]``."""
+        return self.kv.take(source).transpose(1, 2).flatten(0, 1)
+
+    def put_queries(self, target: Tensor, values: Tensor) -> None:
+        heads = values.shape[0] // self.q.count
+        values = values.view(self.q.count, heads, -1, self.rows, values.shape[2]).permute(0, 3, 1, 2, 4)
+        self.q.put(target, values.flatten(2, 3))
+
+    def add_keys(self, target: Tensor, values: Tensor) -> None:
+        self.kv.add(target, values.unflatten(0, (self.kv.count, -1)).transpose(1, 2))
+
+    def hide_future_(self, scores: Tensor) -> Tensor:
+        """-inf where a row may not look in ``[count * Hkv, groups * L, keys]``: its own last L keys, past itself."""
+        if self.has_own and self.rows > 1:
+            square = scores.unflatten(1, (-1, self.rows))[..., -self.rows :]
+            square += _future(scores.device, scores.dtype)[: self.rows, : self.rows]
+        return scores
+
+
+@lru_cache(maxsize=8)
+def _future(device: torch.device, dtype: torch.dtype) -> Tensor:
+    return torch.full((_TILE_ROWS, _TILE_ROWS), -math.inf, device=device, dtype=dtype).triu_(1)
+
+
+@dataclass(frozen=True, eq=False)
+class _Plan:
+    """A layout as batches of tiles, and whether they cover query rows 0..``num_rows`` without a hole."""
+
+    batches: list[_Batch]
     num_rows: int
     gapless: bool
 
@@ -77,7 +161,9 @@ def _tiles_of_segment(q_start: int, q_len: int, kv_start: int, kv_len: int, cont
 
 
 @lru_cache(maxsize=64)
-def _make_plan(q_start: tuple, q_len: tuple, kv_start: tuple, kv_len: tuple, contexts: tuple) -> _Plan:
+def _make_plan(
+    q_start: tuple, q_len: tuple, kv_start: tuple, kv_len: tuple, contexts: tuple, device: torch.device
+) -> _Plan:
     groups: dict[tuple, list[_Tile]] = {}
     for segment, row in enumerate(contexts):
         ranges = tuple((kv_start[other], kv_len[other]) for other in row if other >= 0 and kv_len[other])
@@ -87,13 +173,13 @@ def _make_plan(q_start: tuple, q_len: tuple, kv_start: tuple, kv_len: tuple, con
     batches = []
     for (rows, own, context_lens), tiles in groups.items():
         size = max(_BATCH_SCORES // (rows * (own + sum(context_lens))), 1)
-        batches += [tuple(tiles[first : first + size]) for first in range(0, len(tiles), size)]
+        batches += [_Batch(tiles[first : first + size], device) for first in range(0, len(tiles), size)]
     end = 0
     gapless = True
-    for start, length in sorted((tile.q_start, tile.q_len) for batch in batches for tile in batch):
+    for start, length in sorted((tile.q_start, tile.q_len) for tiles in groups.values() for tile in tiles):
         gapless = gapless and start == end
         end = start + length
-    return _Plan(tuple(batches), end, gapless)
+    return _Plan(batches, end, gapless)
 
 
 def _plan(q_start: Tensor, q_len: Tensor, kv_start: Tensor, kv_len: Tensor, contexts: Tensor) -> _Plan:
@@ -103,78 +189,33 @@ def _plan(q_start: Tensor, q_len: Tensor, kv_start: Tensor, kv_len: Tensor, cont
         tuple(kv_start.tolist()),
         tuple(kv_len.tolist()),
         tuple(map(tuple, contexts.tolist())),
+        q_start.device,
     )
-
-
-def _rows(ranges: list[tuple[int, int]], device: torch.device) -> Tensor:
-    return torch.cat([torch.arange(start, start + length, device=device) for start, length in ranges])
-
-
-class _Batch:
-    """The tensors of tiles of one shape: gathers their rows, and scatters gradients back to them."""
-
-    def __init__(self, tiles: tuple[_Tile, ...], query: Tensor, key: Tensor) -> None:
-        self.count = len(tiles)
-        self.tile = tiles[0]
-        self.heads = key.shape[1]
-        self.groups = query.shape[1] // key.shape[1]
-        self.q_ranges = [(tile.q_start, tile.q_len) for tile in tiles]
-        self.key_ranges = [key_range for tile in tiles for key_range in tile.key_ranges]
-        self.q_rows = None if self.count == 1 else _rows(self.q_ranges, query.device)
-        self.key_rows = None if len(self.key_ranges) == 1 else _rows(self.key_ranges, query.device)
-
-    @staticmethod
-    def _take(source: Tensor, ranges: list[tuple[int, int]], rows: Tensor | None) -> Tensor:
-        return source.narrow(0, *ranges[0]) if rows is None else source.index_select(0, rows)
-
-    def queries(self, source: Tensor) -> Tensor:
-        """``[rows, Hq, E] -> [count * Hkv, groups * L, E]``, query heads of one key head side by side."""
-        rows = self._take(source, self.q_ranges, self.q_rows)
-        rows = rows.view(self.count, self.tile.q_len, self.heads, self.groups, -1).permute(0, 2, 3, 1, 4)
-        return rows.reshape(self.count * self.heads, self.groups * self.tile.q_len, -1)
-
-    def keys(self, source: Tensor) -> Tensor:
-        """``[rows, Hkv, E] -> [count * Hkv, L, E]``."""
-        rows = self._take(source, self.key_ranges, self.key_rows)
-        if self.count == 1:
-            return rows.transpose(0, 1)
-        return rows.view(self.count, -1, *rows.shape[1:]).transpose(1, 2).flatten(0, 1)
-
-    def put_queries(self, target: Tensor, values: Tensor) -> None:
-        values = values.view(self.count, self.heads, self.groups, self.tile.q_len, -1).permute(0, 3, 1, 2, 4)
-        if self.q_rows is None:
-            out = target.narrow(0, *self.q_ranges[0])
-            out.view(self.tile.q_len, self.heads, self.groups, -1).copy_(values[0])
-        else:
-            target.index_copy_(0, self.q_rows, values.reshape(-1, *target.shape[1:]).to(target.dtype))
-
-    def add_keys(self, target: Tensor, values: Tensor) -> None:
-        values = values.view(self.count, self.heads, -1, values.shape[-1]).transpose(1, 2)
-        if self.key_rows is None:
-            target.narrow(0, *self.key_ranges[0]).add_(values[0])
-        else:
-            target.index_add_(0, self.key_rows, values.reshape(-1, *target.shape[1:]))
-
-    def mask_(self, scores: Tensor, fill: float) -> Tensor:
-        """Fills what row i may not see in the tile's own keys ``[..., groups * L, keys]``."""
-        rows, own = self.tile.q_len, self.tile.kv_len
-        if own == 0 or rows == 1:
-            return scores
-        hidden = torch.ones(rows, own, dtype=torch.bool, device=scores.device).triu_(own - rows + 1)
-        square = scores.view(-1, self.groups, rows, scores.shape[-1])[..., self.tile.context_len :]
-        square.masked_fill_(hidden, fill)
-        return scores
 
 
 def _accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _scores(batch: _Batch, query: Tensor, key: Tensor, scale: float) -> Tensor:
-    """Scaled scores in the accumulation dtype ``[count * Hkv, groups * L, keys]``, -inf where hidden."""
-    dtype = _accumulate_dtype(query.dtype)
-    scores = torch.bmm(query.to(dtype).mul(scale), key.to(dtype).transpose(1, 2))
-    return batch.mask_(scores, -math.inf)
+@lru_cache(maxsize=1)
+def _cpu_multiplies_low_precision() -> bool:
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def _matmul_dtype(query: Tensor) -> torch.dtype:
+    """The dtype of the products: without the instructions for it a CPU multiplies bfloat16 20 times slower."""
+    low = query.dtype in (torch.bfloat16, torch.float16)
+    if low and query.device.type == "cpu" and not (query.dtype == torch.bfloat16 and _cpu_multiplies_low_precision()):
+        return torch.float32
+    return query.dtype
+
+
+def _weights(batch: _Batch, query: Tensor, key: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Scores and their softmax ``[count * Hkv, groups * L, keys]`` in the accumulation dtype."""
+    scores = torch.bmm(query, key.transpose(1, 2)).to(_accumulate_dtype(query.dtype)).mul_(scale)
+    batch.hide_future_(scores)
+    # softmax, not exp(scores - lse): the library's is twice as fast, and does not slow down where exp underflows.
+    return scores, scores.softmax(-1)
 
 
 def _forward(
@@ -196,13 +237,12 @@ def _forward(
     else:
         out = query.new_zeros(out_shape)
         lse = query.new_full(query.shape[:2], -math.inf, dtype=dtype)
-    for tiles in plan.batches:
-        batch = _Batch(tiles, query, key)
-        scores = _scores(batch, batch.queries(query), batch.keys(key), scale)
-        tile_lse = scores.logsumexp(-1, keepdim=True)
-        weights = scores.sub_(tile_lse).exp_().to(value.dtype)
-        batch.put_queries(out, torch.bmm(weights, batch.keys(value)))
-        batch.put_queries(lse.unsqueeze(-1), tile_lse)
+    matmul, heads = _matmul_dtype(query), key.shape[1]
+    for batch in plan.batches:
+        scores, weights = _weights(batch, batch.queries(query, heads).to(matmul), batch.keys(key).to(matmul), scale)
+        batch.put_queries(out, torch.bmm(weights.to(matmul), batch.keys(value).to(matmul)))
+        # The largest weight is exp(largest score - lse).
+        batch.put_queries(lse.unsqueeze(-1), scores.amax(-1, keepdim=True) - weights.amax(-1, keepdim=True).log_())
     return out, lse
 
 
@@ -221,7 +261,7 @@ def _backward(
     contexts: Tensor,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradient with the probabilities recomputed from ``lse``: dS = P * (dO V^T - rowsum(dO * O) + dlse)."""
+    """The gradient with the weights P recomputed: dS = P * (dO V^T - rowsum(dO * O) + dlse)."""
     plan = _plan(q_start, q_len, kv_start, kv_len, contexts)
     dtype = _accumulate_dtype(query.dtype)
     grad_query = query.new_empty(query.shape) if plan.covers(query.shape[0]) else query.new_zeros(query.shape)
@@ -231,15 +271,14 @@ def _backward(
     delta = (grad_out.to(dtype) * out.to(dtype)).sum(-1, keepdim=True)
     if grad_lse is not None:
         delta = delta - grad_lse.unsqueeze(-1)
-    lse = lse.unsqueeze(-1)
-    for tiles in plan.batches:
-        batch = _Batch(tiles, query, key)
-        b_query, b_key = batch.queries(query), batch.keys(key)
-        b_grad = batch.queries(grad_out)
-        weights = _scores(batch, b_query, b_key, scale).sub_(batch.queries(lse)).exp_()
-        batch.add_keys(grad_value, torch.bmm(weights.to(value.dtype).transpose(1, 2), b_grad))
-        grad_scores = torch.bmm(b_grad, batch.keys(value).transpose(1, 2)).to(dtype)
-        grad_scores = grad_scores.sub_(batch.queries(delta)).mul_(weights).mul_(scale).to(query.dtype)
+    matmul, heads = _matmul_dtype(query), key.shape[1]
+    for batch in plan.batches:
+        b_query, b_key = batch.queries(query, heads).to(matmul), batch.keys(key).to(matmul)
+        b_grad = batch.queries(grad_out, heads).to(matmul)
+        _, weights = _weights(batch, b_query, b_key, scale)
+        batch.add_keys(grad_value, torch.bmm(weights.to(matmul).transpose(1, 2), b_grad))
+        grad_scores = torch.bmm(b_grad, batch.keys(value).to(matmul).transpose(1, 2)).to(dtype)
+        grad_scores = grad_scores.sub_(batch.queries(delta, heads)).mul_(weights).mul_(scale).to(matmul)
         batch.put_queries(grad_query, torch.bmm(grad_scores, b_key))
         batch.add_keys(grad_key, torch.bmm(grad_scores.transpose(1, 2), b_query))
     return grad_query, grad_key.to(key.dtype), grad_value.to(value.dtype)

@@ -1,0 +1,104 @@
+// Cosines in float32 that stay right where float32 squares would overflow or vanish, and the k best of them.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <limits>
+#include <vector>
+
+#include "kernels.h"
+#include "tensors.h"
+
+namespace clara_fast::cpu {
+
+// Float32 sums of squares in this range lost nothing to overflow or underflow.
+constexpr float kSmallestSquare = 1e-30f;
+constexpr float kLargestSquare = 1e30f;
+
+// Queries as float32 rows, each scaled by a power of two to a length in [0.5, 1): a cosine does not change by
+// it.
+class Queries {
+ public:
+  Queries(const Tensor& tensor, Storage storage, int64_t count, int64_t columns);
+
+  const float* operator[](int64_t query) const { return values_.data() + query * stride_; }
+  int64_t stride() const { return stride_; }
+  // 1 / length; 0 for a zero vector, NaN for one that holds NaN or infinity.
+  float inverse(int64_t query) const { return inverse_[query]; }
+
+ private:
+  int64_t stride_;
+  std::vector<float> values_;
+  std::vector<float> inverse_;
+};
+
+enum class KeyKind : uint8_t {
+  kPlain,  // score = dot * factor * query.inverse
+  kZero,   // score = 0
+  kNan,    // score = NaN, unless the query is zero
+  kExact,  // too large or too small for float32 squares: see exact_cosine
+};
+
+struct KeyFactor {
+  float factor;  // 1 / length for a plain key, 0 for a zero one, else NaN
+  KeyKind kind;
+};
+
+// What a key's sum of squares and its scale (1 where there is none) say about its scores.
+KeyFactor key_factor(const RowKernels& rows, const void* key, int64_t columns, float square, float scale);
+
+// The score of a key that is not plain, or of any key with a query that is not.
+float special_score(const RowKernels& rows, const void* key, int64_t columns, KeyKind kind, float scale,
+                    const Queries& queries, int64_t query);
+
+// Length in float64.
+double exact_norm(const float* row, int64_t columns);
+
+struct Scored {
+  float score;
+  int64_t index;
+};
+
+// Higher score first, NaN last, ties by index.
+inline bool better(const Scored& a, const Scored& b) {
+  const bool a_nan = std::isnan(a.score);
+  const bool b_nan = std::isnan(b.score);
+  if (a_nan != b_nan) return b_nan;
+  if (!a_nan && a.score != b.score) return a.score > b.score;
+  return a.index < b.index;
+}
+
+// The best `capacity` of the entries offered, in memory that the caller owns.
+class Best {
+ public:
+  Best(Scored* entries, int64_t capacity) : entries_(entries), capacity_(capacity) {}
+
+  // An entry at or below this score changes nothing if its index is higher than all before. NaN: every entry
+  // may count.
+  float threshold() const {
+    return count_ < capacity_ ? std::numeric_limits<float>::quiet_NaN() : entries_[0].score;
+  }
+
+  void offer(Scored entry) {
+    if (count_ < capacity_) {
+      entries_[count_++] = entry;
+      std::push_heap(entries_, entries_ + count_, better);
+    } else if (capacity_ > 0 && better(entry, entries_[0])) {
+      std::pop_heap(entries_, entries_ + count_, better);
+      entries_[count_ - 1] = entry;
+      std::push_heap(entries_, entries_ + count_, better);
+    }
+  }
+
+  int64_t count() const { return count_; }
+  Scored* begin() const { return entries_; }
+  Scored* end() const { return entries_ + count_; }
+
+ private:
+  Scored* entries_;
+  int64_t capacity_;
+  int64_t count_ = 0;
+};
+
+}  // namespace clara_fast::cpu

@@ -1,0 +1,32 @@
+// The CPU ops. Their meaning is in python/clara_fast/ops/reference.py; Python has checked the arguments.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstdint>
+#include <optional>
+#include <tuple>
+
+namespace clara_fast::cpu {
+
+using torch::stable::Tensor;
+
+std::tuple<Tensor, Tensor> pool_memory_forward(Tensor hidden, Tensor offsets, int64_t num_memory,
+                                               std::optional<Tensor> norm_weight, double norm_eps);
+
+std::tuple<Tensor, Tensor> pool_memory_backward(Tensor grad_memory, Tensor grad_mse, Tensor hidden,
+                                                Tensor offsets, int64_t num_memory,
+                                                std::optional<Tensor> norm_weight, double norm_eps);
+
+std::tuple<Tensor, Tensor> cosine_topk(Tensor queries, Tensor keys, int64_t k,
+                                       std::optional<Tensor> key_scales);
+
+std::tuple<Tensor, Tensor, Tensor> select_memory_forward(Tensor query, Tensor keys, Tensor memory, int64_t k,
+                                                         double temperature, std::optional<Tensor> valid);
+
+std::tuple<Tensor, Tensor, Tensor> select_memory_backward(Tensor grad_selected, Tensor grad_scores,
+                                                          Tensor query, Tensor keys, Tensor memory,
+                                                          Tensor indices, Tensor scores, double temperature,
+                                                          double taken_logit, std::optional<Tensor> valid);
+
+}  // namespace clara_fast::cpu

@@ -1,0 +1,150 @@
+"""Reading corpora: the three forms, and what is said of their faults."""
+
+from __future__ import annotations
+
+import gzip
+import json
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from clara_fast.store import Corpus, CorpusError
+
+LINES = [
+    {"id": "a", "title": "First", "text": "Text one.", "url": "u", "metadata": {"year": 1999}},
+    {"id": 7, "text": "Text two."},
+    {"title": None, "text": "Text three."},
+]
+
+
+def write_lines(path, lines, opener=open):
+    with opener(path, "wb") as stream:
+        for line in lines:
+            stream.write((line if isinstance(line, bytes) else json.dumps(line).encode()) + b"\n")
+    return path
+
+
+@pytest.mark.parametrize(("name", "opener"), [("c.jsonl", open), ("c.jsonl.gz", gzip.open)])
+def test_json_lines(tmp_path, name, opener):
+    path = write_lines(tmp_path / name, [LINES[0], b"", LINES[1], LINES[2]], opener)
+    corpus = Corpus.open(path)
+    records = list(corpus)
+    assert [(r.id, r.title, r.text) for r in records] == [
+        ("a", "First", "Text one."),
+        ("7", "", "Text two."),
+        ("4", "", "Text three."),
+    ]
+    assert records[0].metadata == {"url": "u", "year": 1999}
+    assert records[2].where == f"{path}, line 4"
+    assert corpus.count() == 4
+    assert list(corpus) == records
+    assert [r.id for r in Corpus.open(path, limit=2)] == ["a", "7"]
+    assert Corpus.open(path, limit=2).count() == 2
+
+
+def test_other_field_names(tmp_path):
+    path = write_lines(tmp_path / "c.jsonl", [{"key": "k", "head": "H", "body": "B", "text": 5}])
+    (record,) = Corpus.open(path, text_field="body", id_field="key", title_field="head")
+    assert (record.id, record.title, record.text, record.metadata) == ("k", "H", "B", {"text": 5})
+
+
+def test_the_last_line_needs_no_line_break(tmp_path):
+    (tmp_path / "c.jsonl").write_bytes(b'{"text": "a"}\n{"text": "b"}')
+    assert Corpus.open(tmp_path / "c.jsonl").count() == len(list(Corpus.open(tmp_path / "c.jsonl"))) == 2
+    (tmp_path / "empty.jsonl").write_bytes(b"")
+    assert (
+        Corpus.open(tmp_path / "empty.jsonl").count() == len(list(Corpus.open(tmp_path / "empty.jsonl"))) == 0
+    )
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (b'{"text": "x"', "line 2 is not JSON: "),
+        (b'\xff{"text": "x"}', "line 2 is not JSON: "),
+        (b"[1]", "line 2 must be a JSON object, not list"),
+        (
+            b'{"body": "x", "id": "b"}',
+            "line 2: no field 'text' with the text .there are: 'body', 'id'.*--text-field",
+        ),
+        (b'{"text": null}', "line 2: no field 'text'"),
+        (b'{"text": ["x"]}', "line 2: field 'text' must be a string, not list"),
+        (b'{"text": "x", "title": 3}', "line 2: field 'title' must be a string, not int"),
+        (b'{"text": " \\n", "id": "b"}', "line 2: document 'b' is empty"),
+        (b'{"text": "x", "id": 1.5}', "line 2: field 'id' must be a string or an integer"),
+        (b'{"text": "x", "id": true}', "line 2: field 'id' must be a string or an integer"),
+        (b'{"text": "x", "id": ""}', "line 2: field 'id' must be a string or an integer that is not empty"),
+    ],
+)
+def test_a_bad_line_is_named(tmp_path, line, message):
+    path = write_lines(tmp_path / "c.jsonl", [LINES[0], line])
+    reader = iter(Corpus.open(path))
+    assert next(reader).id == "a"
+    with pytest.raises(CorpusError, match=f"c.jsonl, {message}"):
+        next(reader)
+
+
+def test_parquet(tmp_path):
+    import datetime
+
+    table = pa.table(
+        {"id": ["a", "b"], "text": ["One.", "Two."], "n": [1, None], "day": [datetime.date(2020, 1, 2), None]}
+    )
+    pq.write_table(table, tmp_path / "c.parquet")
+    corpus = Corpus.open(tmp_path / "c.parquet")
+    assert [(r.id, r.title, r.text) for r in corpus] == [("a", "", "One."), ("b", "", "Two.")]
+    assert next(iter(corpus)).metadata == {"n": 1, "day": "2020-01-02"}
+    assert corpus.count() == 2
+    pq.write_table(table.drop_columns("id").slice(1), tmp_path / "d.parquet")
+    assert [r.id for r in Corpus.open(tmp_path / "d.parquet")] == ["1"]
+    with pytest.raises(CorpusError, match="row 1: no field 'body'"):
+        list(Corpus.open(tmp_path / "c.parquet", text_field="body"))
+
+
+def test_folder(tmp_path):
+    folder = tmp_path / "notes"
+    (folder / "sub").mkdir(parents=True)
+    (folder / ".git").mkdir()
+    (folder / ".git" / "x.txt").write_text("hidden")
+    (folder / "b.txt").write_text("\ufeffA title\n\nThe text.\n", encoding="utf-8")
+    (folder / "a.md").write_text("# Heading\nBody\nmore")
+    (folder / "sub" / "long.TXT").write_text("A long first line, " * 10 + "\nand the rest.")
+    (folder / "sub" / "one.txt").write_text("Only one line.")
+    (folder / "picture.png").write_bytes(b"\x89PNG")
+    corpus = Corpus.open(folder)
+    assert [(r.id, r.title) for r in corpus] == [
+        ("a.md", "Heading"),
+        ("b.txt", "A title"),
+        ("sub/long.TXT", "long"),
+        ("sub/one.txt", "one"),
+    ]
+    assert [r.text for r in corpus][:2] == ["Body\nmore", "The text."]
+    assert corpus.count() == 4
+    (folder / "c.txt").write_bytes(b"abc\xe4")
+    with pytest.raises(CorpusError, match=r"c.txt is not UTF-8 text \(byte 3\)"):
+        list(corpus)
+    (folder / "c.txt").write_text(" \n")
+    with pytest.raises(CorpusError, match=r"c.txt: document 'c.txt' is empty"):
+        list(corpus)
+
+
+def test_what_is_not_a_corpus(tmp_path):
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        Corpus.open(tmp_path / "nothing.jsonl")
+    with pytest.raises(CorpusError, match=r"holds no .txt or .md file"):
+        Corpus.open(tmp_path)
+    (tmp_path / "c.csv").write_text("a,b")
+    with pytest.raises(CorpusError, match=r"must be a .jsonl"):
+        Corpus.open(tmp_path / "c.csv")
+    (tmp_path / "c.parquet").write_text("PAR1 but no")
+    with pytest.raises(CorpusError, match=r"c.parquet is damaged or of another format"):
+        list(Corpus.open(tmp_path / "c.parquet"))
+    (tmp_path / "c.jsonl.gz").write_text("not gzip")
+    with pytest.raises(CorpusError, match=r"c.jsonl.gz is damaged or of another format"):
+        list(Corpus.open(tmp_path / "c.jsonl.gz"))
+    (tmp_path / "d.jsonl.gz").write_bytes(gzip.compress(b'{"text": "x"}\n' * 1000)[:-20])
+    with pytest.raises(CorpusError, match=r"d.jsonl.gz is damaged"):
+        list(Corpus.open(tmp_path / "d.jsonl.gz"))
+    with pytest.raises(ValueError, match=r"limit \(0\) must be at least 1"):
+        Corpus.open(tmp_path / "c.csv", limit=0)

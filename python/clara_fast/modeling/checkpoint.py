@@ -67,14 +67,20 @@ def load_model(
     for role in roles.ROLES:
         if (folder / role).is_dir():
             model.add_role(role)
-            load_adapter(model, role, read_adapter(folder / role))
     if not model.roles:
         raise FileNotFoundError(f"{folder} holds no adapter: none of {', '.join(roles.ROLES)} is there")
-    _load_memory(model, folder / MEMORY_FILE)
+    load_weights(model, folder)
     return model.eval()
 
 
-def save_model(model: Clara, path: Path, format: str) -> None:
+def load_weights(model: Clara, folder: Path) -> None:
+    """Put a saved model's weights into ``model``, which must have the same roles and shapes."""
+    for role in sorted(model.roles):
+        load_adapter(model, role, read_adapter(folder / role), source=str(folder / role))
+    _load_memory(model, folder / MEMORY_FILE)
+
+
+def save_model(model: Clara, path: Path, format: str, adapter_dtype: torch.dtype) -> None:
     """Write into a temporary folder beside ``path``, then rename: a killed process leaves the old one or the new."""
     writers = {MODEL_TYPE: _write, "ml-clara": ml_clara.write}
     if format not in writers:
@@ -82,7 +88,7 @@ def save_model(model: Clara, path: Path, format: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     try:
-        writers[format](model, temporary)
+        writers[format](model, temporary, adapter_dtype)
         temporary.chmod(0o755)
         if path.is_dir():
             # Other files of the folder (a trainer's state, a store's notes) stay where they are.
@@ -97,11 +103,10 @@ def save_model(model: Clara, path: Path, format: str) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def adapter_state(model: Clara, role: str) -> dict[str, Tensor]:
-    """The role's LoRA matrices by name, in bfloat16 (their own dtype for a float64 model)."""
-    wide = model.dtype == torch.float64
+def adapter_state(model: Clara, role: str, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The role's LoRA matrices by name."""
     return {
-        name: parameter.detach().to("cpu", torch.float64 if wide else torch.bfloat16).contiguous()
+        name: parameter.detach().to("cpu", dtype, copy=True).contiguous()
         for name, parameter in roles.role_parameters(model.lm, role).items()
     }
 
@@ -162,13 +167,13 @@ def _find(name_or_path: str | Path, subfolder: str | None, revision: str | None)
     return folder
 
 
-def _write(model: Clara, folder: Path) -> None:
+def _write(model: Clara, folder: Path, adapter_dtype: torch.dtype) -> None:
     model.config.save(folder)
     model.prompts.save(folder)
     model.tokenizer.save_pretrained(folder)
     for role in sorted(model.roles):
         (folder / role).mkdir()
-        tensors = {PEFT_PREFIX + name: tensor for name, tensor in adapter_state(model, role).items()}
+        tensors = {PEFT_PREFIX + name: tensor for name, tensor in adapter_state(model, role, adapter_dtype).items()}
         save_file(tensors, folder / role / ADAPTER_FILE, metadata={"format": "pt"})
         config = roles.lora_config(model.config.lora, model.config.base_model)
         config.inference_mode = True

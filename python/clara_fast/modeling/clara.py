@@ -148,15 +148,18 @@ class Clara(nn.Module):
 
         return load_model(cls, name_or_path, subfolder, base_model, dtype, device, revision)
 
-    def save_pretrained(self, path: str | Path, *, format: str = "clara_fast") -> None:
+    def save_pretrained(
+        self, path: str | Path, *, format: str = "clara_fast", adapter_dtype: torch.dtype = torch.bfloat16
+    ) -> None:
         """Write the model (without its base) to ``path``; it is complete there or not there at all.
 
         ``format="clara_fast"``: one folder per role that peft can load, ``memory.safetensors``, ``config.json``,
-        ``prompts.json`` and the tokenizer. ``format="ml-clara"``: the reference's files.
+        ``prompts.json`` and the tokenizer. ``format="ml-clara"``: the reference's files. Adapters are written in
+        ``adapter_dtype``.
         """
         from clara_fast.modeling.checkpoint import save_model
 
-        save_model(self, Path(path), format)
+        save_model(self, Path(path), format, adapter_dtype)
 
     # Parts
 
@@ -284,6 +287,18 @@ class Clara(nn.Module):
         questions = [questions] if isinstance(questions, str) else questions
         return self._encode_texts(questions, self.query_role, max_tokens, None)
 
+    def calibrate_connector(self, documents: Sequence[str]) -> None:
+        """Start the connector from the statistics of these documents' memories (before any training)."""
+        if self.connector is None:
+            raise ValueError("the model has no connector: its configuration says connector=False")
+        connector, self.connector = self.connector, None
+        try:
+            memory = self.compress(documents)
+        finally:
+            self.connector = connector
+        known = self.lm.get_input_embeddings().weight[: self.text.added_ids[0]]
+        connector.calibrate(memory.flatten(0, 1), known)
+
     def count_tokens(self, documents: Sequence[str]) -> list[int]:
         """Tokens of each document before anything is cut off."""
         ids, _ = self.text.documents(documents, max_length=2**62)
@@ -369,17 +384,26 @@ class Clara(nn.Module):
         output.lm_loss = self.answer_loss(prompts, filling.flatten(0, -2), num_items)
         return output
 
-    def answer_loss(self, prompts: PackedPrompts, memory: Tensor, num_items: Tensor | int | None = None) -> Tensor:
+    def answer_loss(
+        self,
+        prompts: PackedPrompts,
+        memory: Tensor,
+        num_items: Tensor | int | None = None,
+        *,
+        role: str = "generator",
+    ) -> Tensor:
         """Cross-entropy of the answers' tokens when ``memory [n * m, D]`` fills the prompts' slots.
 
         Logits are computed for the answers' rows only.
         """
-        logits, labels = self.answer_logits(prompts, memory)
+        logits, labels = self.answer_logits(prompts, memory, role=role)
         if num_items is None:
             return F.cross_entropy(logits.float(), labels)
         return F.cross_entropy(logits.float(), labels, reduction="sum") / num_items
 
-    def answer_logits(self, prompts: PackedPrompts, memory: Tensor) -> tuple[Tensor, Tensor]:
+    def answer_logits(
+        self, prompts: PackedPrompts, memory: Tensor, *, role: str = "generator"
+    ) -> tuple[Tensor, Tensor]:
         """``[n, V]`` logits that predict the answers' ``n`` tokens, and those tokens ``[n]``."""
         if memory.shape[0] != prompts.memory_slots.numel():
             raise ValueError(
@@ -396,7 +420,7 @@ class Clara(nn.Module):
             attention_mask=attention.packed_mask(embeds),
             use_cache=False,
             logits_to_keep=rows,
-            clara_role="generator",
+            clara_role=role,
             clara_layout=prompts.layout,
         )
         return output.logits[0], prompts.labels[rows]

@@ -82,7 +82,7 @@ def read_settings(content: dict[str, Any], folder: Path, base_model: str | Path 
     )
 
 
-def write(model: Clara, folder: Path) -> None:
+def write(model: Clara, folder: Path, adapter_dtype: torch.dtype) -> None:
     """Write the reference's three files. Raises ``ValueError`` for options that the format has no place for."""
     from clara_fast.modeling.checkpoint import adapter_state
 
@@ -121,7 +121,9 @@ def write(model: Clara, folder: Path) -> None:
     }
     (folder / CONFIG_FILE).write_text(json.dumps(content, indent=2) + "\n")
     adapters = {
-        adapter: adapter_state(model, role) for adapter, role in ROLE_OF_ADAPTER.items() if role in model.roles
+        adapter: adapter_state(model, role, adapter_dtype)
+        for adapter, role in ROLE_OF_ADAPTER.items()
+        if role in model.roles
     }
     torch.save(adapters, folder / ADAPTERS_FILE)
     embedding = model.lm.get_input_embeddings().weight.detach().clone()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from itertools import accumulate
 from typing import Self
 
 import torch
@@ -114,30 +115,45 @@ def group_prompts(sequences: Sequence[tuple[list[int], int]]) -> PromptGroup:
 
 
 def pack_prompts(groups: Sequence[PromptGroup], memory_ids: frozenset[int]) -> PackedPrompts:
-    """Pack groups one after another: a context, its branches, the next context."""
+    """Pack groups so that nothing is computed twice: instructions, then each context's memories, then its branches.
+
+    What stands before the first memory token is the same for all groups with one kind of prompt; it is laid down once
+    as a segment that their contexts and branches read.
+    """
     input_ids: list[int] = []
     labels: list[int] = []
     positions: list[Tensor] = []
+    lengths: list[int] = []
+    contexts: list[list[int]] = []
+
+    def lay(tokens: list[int], targets: list[int], start: int, reads: list[int]) -> int:
+        input_ids.extend(tokens)
+        labels.extend(targets)
+        positions.append(torch.arange(start, start + len(tokens)))
+        lengths.append(len(tokens))
+        contexts.append(reads)
+        return len(lengths) - 1
+
+    instructions: dict[tuple[int, ...], int] = {}
     for group in groups:
-        start = len(group.context)
-        input_ids += group.context
-        labels += [-100] * start
-        positions.append(torch.arange(start))
+        cut = next((i for i, token in enumerate(group.context) if token in memory_ids), len(group.context))
+        head, rest = tuple(group.context[:cut]), group.context[cut:]
+        if head not in instructions:
+            instructions[head] = lay(list(head), [-100] * cut, 0, [])
+        reads = [instructions[head]]
+        if rest:
+            reads = [*reads, lay(rest, [-100] * len(rest), cut, reads)]
         for prompt, answer in group.branches:
-            input_ids += prompt + answer
             # Row i predicts token i + 1, so the answer's labels start one row early.
-            labels += [-100] * (len(prompt) - 1) + answer + [-100]
-            positions.append(torch.arange(start, start + len(prompt) + len(answer)))
+            lay(prompt + answer, [-100] * (len(prompt) - 1) + answer + [-100], len(group.context), reads)
     ids = torch.tensor(input_ids, dtype=torch.int64)
+    starts = [0, *accumulate(lengths)][:-1]
     return PackedPrompts(
         input_ids=ids,
         position_ids=torch.cat(positions),
         labels=torch.tensor(labels, dtype=torch.int64),
         memory_slots=torch.isin(ids, torch.tensor(sorted(memory_ids))).nonzero().flatten(),
-        layout=ContextLayout.branches(
-            [len(g.context) for g in groups],
-            [[len(p) + len(a) for p, a in g.branches] for g in groups],
-        ),
+        layout=ContextLayout.from_lists(starts, lengths, starts, lengths, contexts),
     )
 
 

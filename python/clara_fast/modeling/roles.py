@@ -10,6 +10,7 @@ the adapters it leaves.)
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Literal, get_args
@@ -41,7 +42,10 @@ def lora_config(settings: LoraSettings, base_model: str | None = None) -> LoraCo
 def add_role(lm: nn.Module, role: Role, settings: LoraSettings) -> None:
     """Inject a fresh adapter named ``role`` (its B matrices are zero, so it changes nothing yet)."""
     first = not any(isinstance(module, LoraLayer) for module in lm.modules())
-    inject_adapter_in_model(lora_config(settings), lm, adapter_name=role)
+    with warnings.catch_warnings():
+        # peft wonders about several adapters on one model; they are the point here.
+        warnings.filterwarnings("ignore", message="Already found a `peft_config`")
+        inject_adapter_in_model(lora_config(settings), lm, adapter_name=role)
     for name, parameter in lm.named_parameters():
         if f".lora_A.{role}." in name or f".lora_B.{role}." in name:
             # Adam's steps on bfloat16 weights would round away.

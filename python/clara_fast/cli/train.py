@@ -1,0 +1,104 @@
+"""``clara-fast train``: the training stages from the command line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(no_args_is_help=True, help="Train a model, stage by stage.")
+
+# How many training passages the connector takes its first statistics from.
+CALIBRATION_PASSAGES = 64
+
+
+@app.command("scp")
+def scp(
+    train: Annotated[list[Path], typer.Argument(help="JSONL files (may be gzipped) of passages with questions.")],
+    out: Annotated[Path, typer.Option(help="Folder for the model and its checkpoints; an unfinished run resumes.")],
+    base: Annotated[str | None, typer.Option(help="Base model to start from: hub name or folder.")] = None,
+    model: Annotated[str | None, typer.Option(help="Clara model to go on from, instead of --base.")] = None,
+    eval_file: Annotated[Path | None, typer.Option("--eval", help="Held-out samples, the same format.")] = None,
+    eval_samples: Annotated[int, typer.Option(help="Held-out passages to evaluate on.")] = 64,
+    max_words: Annotated[int | None, typer.Option(help="Leave out passages with more words.")] = None,
+    doc_max_length: Annotated[int, typer.Option(help="Tokens read of each document.")] = 256,
+    compression_rate: Annotated[int, typer.Option(help="Document tokens per memory token.")] = 16,
+    lora_r: Annotated[int, typer.Option(help="Rank of each role's LoRA.")] = 16,
+    lora_dropout: Annotated[float, typer.Option(help="Dropout of the adapters in training.")] = 0.1,
+    connector: Annotated[bool, typer.Option(help="Train a linear map from hidden states to embeddings.")] = False,
+    spread: Annotated[bool, typer.Option(help="Spread the memory tokens' positions over the text.")] = False,
+    steps: Annotated[int, typer.Option(help="Optimizer steps; -1: as many as --epochs makes.")] = -1,
+    epochs: Annotated[float, typer.Option(help="Passes over the data, if --steps is not given.")] = 1.0,
+    batch_size: Annotated[int, typer.Option(help="Passages in a batch.")] = 8,
+    accumulate: Annotated[int, typer.Option(help="Batches per optimizer step.")] = 1,
+    learning_rate: Annotated[float, typer.Option(help="Learning rate of the adapters.")] = 1e-4,
+    reconstruction: Annotated[float, typer.Option(help="Share of passages to be written out instead.")] = 0.0,
+    eval_every: Annotated[int, typer.Option(help="Steps between evaluations and checkpoints.")] = 100,
+    dtype: Annotated[str, typer.Option(help="Of the base model: auto, float32, bfloat16, float16.")] = "auto",
+    seed: Annotated[int, typer.Option(help="Of order, dropout and targets.")] = 0,
+    config: Annotated[Path | None, typer.Option(help="YAML of further training arguments, as transformers names them.")] = None,
+) -> None:
+    """Pretrain compressor and generator together (paper section 3.1): CE + 0.1 MSE.
+
+    Evaluation prints the answer loss under four contexts: the passage's memory, another passage's, none, the full text.
+    """
+    from transformers.trainer_utils import get_last_checkpoint
+
+    from clara_fast.modeling import Clara
+    from clara_fast.training import ScpTrainer, ScpTrainingArguments, read_scp
+
+    if (base is None) == (model is None):
+        raise ValueError("give exactly one of --base and --model")
+    samples = [s for s in read_scp(train) if max_words is None or len(s.document.split()) <= max_words]
+    if not samples:
+        raise ValueError(f"max_words ({max_words}) leaves no passage to train on")
+    held_out = read_scp(eval_file, limit=eval_samples) if eval_file is not None else None
+    if model is not None:
+        clara = Clara.from_pretrained(model, dtype=dtype)
+    else:
+        clara = Clara.from_base(
+            str(base),
+            doc_max_length=doc_max_length,
+            compression_rate=compression_rate,
+            lora={"r": lora_r, "alpha": 2 * lora_r, "dropout": lora_dropout},
+            dtype=dtype,
+            connector=connector,
+            memory_positions="spread" if spread else "after",
+        )
+        if connector:
+            clara.calibrate_connector([s.document for s in samples[:CALIBRATION_PASSAGES]])
+    settings: dict[str, Any] = {
+        "output_dir": str(out),
+        "max_steps": steps,
+        "num_train_epochs": epochs,
+        "per_device_train_batch_size": batch_size,
+        "per_device_eval_batch_size": batch_size,
+        "gradient_accumulation_steps": accumulate,
+        "learning_rate": learning_rate,
+        "reconstruction": reconstruction,
+        "eval_strategy": "steps" if held_out else "no",
+        "eval_on_start": held_out is not None,
+        "eval_steps": eval_every,
+        "save_steps": eval_every,
+        "save_total_limit": 2,
+        "logging_steps": 10,
+        "report_to": "none",
+        "seed": seed,
+        **_yaml(config),
+    }
+    trainer = ScpTrainer(clara, ScpTrainingArguments(**settings), samples, held_out)
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(out)) if out.is_dir() else None)
+    clara.save_pretrained(out)
+    typer.echo(f"saved to {out}; try: clara-fast compress CORPUS --model {out} --out STORE", err=True)
+
+
+def _yaml(file: Path | None) -> dict[str, Any]:
+    if file is None:
+        return {}
+    import yaml
+
+    content = yaml.safe_load(file.read_text())
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} must hold a mapping of training arguments")
+    return content

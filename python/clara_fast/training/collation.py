@@ -1,0 +1,87 @@
+"""Samples to packed batches."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from clara_fast.modeling.packing import PackedPrompts, PromptGroup, group_prompts, pack_prompts
+from clara_fast.training.data import ScpSample
+
+if TYPE_CHECKING:
+    from clara_fast.modeling import Clara
+
+
+@dataclass
+class ScpCollator:
+    """Packs passages and what is asked of them for :meth:`clara_fast.Clara.forward`.
+
+    Args:
+        model: its tokenizer and prompts are used, its weights are not.
+        questions: ``"branches"`` asks each question by itself, all on one context; ``"sequence"`` writes all
+            questions and answers one after the other, as the reference does.
+        reconstruction: probability that a passage is to be written out instead of asked about.
+        seed: of the choice of paraphrase instructions and of what is reconstructed.
+    """
+
+    model: Clara
+    questions: Literal["branches", "sequence"] = "branches"
+    reconstruction: float = 0.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.questions not in ("branches", "sequence"):
+            raise ValueError(f"questions ({self.questions!r}) must be 'branches' or 'sequence'")
+        if not 0 <= self.reconstruction <= 1:
+            raise ValueError(f"reconstruction ({self.reconstruction}) must be a probability")
+
+    def __call__(self, samples: Sequence[ScpSample]) -> dict[str, Any]:
+        prompts = pack_prompts([self._group(sample) for sample in samples], self._memory_ids)
+        documents = self.model.pack([sample.document for sample in samples])
+        # The trainer counts answer tokens by this key.
+        return {"documents": documents, "prompts": prompts, "labels": prompts.labels}
+
+    @property
+    def _memory_ids(self) -> frozenset[int]:
+        return frozenset(self.model.text.memory_ids)
+
+    def _group(self, sample: ScpSample) -> PromptGroup:
+        text, prompts = self.model.text, self.model.prompts
+        # Seeded by the sample, not by a running state: a resumed run draws what the unbroken one drew.
+        draw = random.Random(f"{self.seed} {sample.id}")
+        instruction = draw.randrange(prompts.num_paraphrase_instructions)
+        if draw.random() < self.reconstruction:
+            limit = self.model.config.doc_max_length
+            read = text.tokenizer(text.defuse(sample.document), add_special_tokens=False)["input_ids"][:limit]
+            target = text.tokenizer.decode(read)
+            return group_prompts([text.exchange(prompts, prompts.paraphrase(instruction), target)])
+        if not sample.questions:
+            return group_prompts([text.exchange(prompts, prompts.paraphrase(instruction), sample.answers[0])])
+        if self.questions == "sequence":
+            reply = prompts.question_pairs(sample.questions, sample.answers)
+            return group_prompts([text.exchange(prompts, prompts.questions(), reply)])
+        return question_branches(self.model, sample, num_documents=1)
+
+
+def question_branches(
+    model: Clara, sample: ScpSample, *, num_documents: int = 1, documents: list[str] | None = None
+) -> PromptGroup:
+    """The sample's questions, each with its answer, on one context: memories, or ``documents`` as plain text."""
+    text, prompts = model.text, model.prompts
+    exchanges = []
+    for question, reply in zip(sample.questions, sample.answers, strict=True):
+        asked = text.defuse(question)
+        turn = (
+            prompts.answer(asked, num_documents)
+            if documents is None
+            else prompts.answer_from_text(asked, [text.defuse(d) for d in documents])
+        )
+        exchanges.append(text.exchange(prompts, turn, reply))
+    return group_prompts(exchanges)
+
+
+def pack_groups(model: Clara, groups: Sequence[PromptGroup]) -> PackedPrompts:
+    """:func:`pack_prompts` with the model's memory tokens."""
+    return pack_prompts(groups, frozenset(model.text.memory_ids))

@@ -1,0 +1,145 @@
+"""Salient compressor pretraining (paper section 3.1): compressor and generator learn together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Trainer, TrainingArguments
+from transformers.trainer import TRAINING_ARGS_NAME
+
+from clara_fast.modeling import Clara
+from clara_fast.training.collation import ScpCollator
+from clara_fast.training.controls import answer_losses, format_losses
+from clara_fast.training.data import ScpSample
+
+
+@dataclass
+class ScpTrainingArguments(TrainingArguments):
+    """transformers' arguments with the paper's settings as defaults, and those of this stage."""
+
+    learning_rate: float = 1e-4
+    lr_scheduler_type: str = "cosine_with_min_lr"
+    lr_scheduler_kwargs: dict[str, Any] | str | None = field(default_factory=lambda: {"min_lr_rate": 0.1})
+    warmup_steps: float = 0.03
+    adam_beta2: float = 0.95
+    max_grad_norm: float = 1.0
+    remove_unused_columns: bool = False
+    mse_weight: float = field(default=0.1, metadata={"help": "Weight of the MSE between mean memory and text state."})
+    memory_learning_rate: float | None = field(
+        default=None, metadata={"help": "Learning rate of the memory tokens; default learning_rate."}
+    )
+    connector_learning_rate: float | None = field(
+        default=None, metadata={"help": "Learning rate of the connector; default learning_rate."}
+    )
+    questions: str = field(
+        default="branches",
+        metadata={"help": "'branches' asks each question by itself, 'sequence' all in one reply (the reference's way)."},
+    )
+    reconstruction: float = field(
+        default=0.0, metadata={"help": "Probability that a passage is written out instead of asked about."}
+    )
+
+
+class ScpTrainer(Trainer):
+    """Trains compressor, generator and memory tokens on ``CE + mse_weight * MSE``.
+
+    Args:
+        model: its roles compressor and generator, its memory tokens and its connector (if it has one) are trained.
+        args: see :class:`ScpTrainingArguments`.
+        train_dataset: a sequence of :class:`ScpSample`.
+        eval_dataset: held-out samples; evaluation reports the answer loss with its controls.
+    """
+
+    def __init__(
+        self,
+        model: Clara,
+        args: ScpTrainingArguments,
+        train_dataset: Sequence[ScpSample] | None = None,
+        eval_dataset: Sequence[ScpSample] | None = None,
+        **options: Any,
+    ) -> None:
+        connector = ["connector"] if model.connector is not None else []
+        model.train_only("compressor", "generator", "memory_tokens", *connector)
+        collator = ScpCollator(
+            model, questions=args.questions, reconstruction=args.reconstruction, seed=args.seed
+        )
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=collator,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            **options,
+        )
+        # compute_loss divides by the answer tokens of the whole step, so the Trainer must not divide again.
+        self.model_accepts_loss_kwargs = True
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        output = model(inputs["documents"], inputs["prompts"], num_items=num_items_in_batch)
+        lm_loss, mse_loss = output.lm_loss, output.mse_loss
+        if num_items_in_batch is not None:
+            mse_loss = mse_loss / self.current_gradient_accumulation_steps
+            if self.args.average_tokens_across_devices:
+                lm_loss = lm_loss * self.accelerator.num_processes
+        loss = lm_loss + self.args.mse_weight * mse_loss
+        return (loss, output) if return_outputs else loss
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        if self.optimizer is None:
+            clara, args = self.model, self.args
+            special = {
+                "memory_embeddings": args.memory_learning_rate,
+                "connector": args.connector_learning_rate,
+            }
+            groups: dict[float, list[nn.Parameter]] = {}
+            for name, parameter in clara.named_parameters():
+                if parameter.requires_grad:
+                    rate = special.get(name.split(".")[0]) or args.learning_rate
+                    groups.setdefault(rate, []).append(parameter)
+            cls, options = self.get_optimizer_cls_and_kwargs(args, clara)
+            options.pop("lr", None)
+            settings = [{"params": parameters, "lr": rate} for rate, parameters in groups.items()]
+            self.optimizer = cls(settings, lr=args.learning_rate, weight_decay=args.weight_decay, **options)
+        return self.optimizer
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Answer loss of held-out samples and its controls (:func:`clara_fast.training.controls.answer_losses`)."""
+        samples = self.eval_dataset if eval_dataset is None else eval_dataset
+        if samples is None:
+            raise ValueError("evaluation needs an eval_dataset")
+        losses = answer_losses(self.model, samples, batch_size=self.args.per_device_eval_batch_size)
+        metrics = {f"{metric_key_prefix}_loss_{name}": value for name, value in losses.items()}
+        metrics[f"{metric_key_prefix}_loss"] = losses["memory"]
+        if self.is_world_process_zero():
+            print(f"step {self.state.global_step}: answer loss with {format_losses(losses)}", flush=True)
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """Only what trains is saved, in full precision: a resumed run goes on with the same numbers."""
+        folder = Path(output_dir or self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.model.save_pretrained(folder, adapter_dtype=torch.float32)
+        torch.save(self.args, folder / TRAINING_ARGS_NAME)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        from clara_fast.modeling.checkpoint import load_weights
+
+        load_weights(self.model, Path(resume_from_checkpoint))
+
+    def _load_best_model(self) -> None:
+        self._load_from_checkpoint(self.state.best_model_checkpoint)

@@ -1,7 +1,7 @@
 """Print torch's include folder, without importing torch; print nothing where there is no torch.
 
-``find_spec`` sees torch in an ordinary environment. In pip's isolated build environment the interpreter is still
-the one that will use the wheel, but its site-packages are off the path, so its ``purelib`` is looked at as well.
+``find_spec`` sees torch in an ordinary environment. In pip's isolated build environment the interpreter is
+still the one that will use the wheel, but its site-packages are off the path, so ``purelib`` is looked at too.
 """
 
 import importlib.util

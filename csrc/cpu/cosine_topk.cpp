@@ -1,5 +1,6 @@
 // cosine_topk: streams over the keys in blocks, in the type they are stored in, and keeps the k best per
 // query.
+#include <memory>
 #include <vector>
 
 #include "cosine.h"
@@ -164,7 +165,7 @@ std::tuple<Tensor, Tensor> cosine_topk(Tensor queries, Tensor keys, int64_t k,
     best.emplace_back(entries.data() + i * kept_per_part, kept_per_part);
   }
   const int64_t tasks = key_parts * query_parts;
-  std::vector<Scratch> scratch(tasks);
+  const std::unique_ptr<Scratch[]> scratch(new Scratch[tasks]);  // not cleared: it is large
   torch::stable::parallel_for(0, tasks, 1, [&](int64_t first, int64_t last) {
     for (int64_t task = first; task < last; ++task) {
       const int64_t key_part = task / query_parts;

@@ -202,6 +202,10 @@ class Clara(nn.Module):
                 dropout.eval()
         return self
 
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
+        """Recompute activations in backward, as transformers' models do; every layer keeps the role of its call."""
+        self.lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs=gradient_checkpointing_kwargs)
+
     @property
     def device(self) -> torch.device:
         """Where the base model lies."""

@@ -1,8 +1,9 @@
 """The two operator namespaces and the loading of the native library.
 
-``torch.ops.clara_fast.*`` are the public operators: schema, fake, autograd and dispatch are Python, so they exist
-without any native code. ``torch.ops.clara_fast_native.*`` are raw CPU kernels: the schemas below are defined here and
-``lib/clara_fast_cpu.so`` implements those that it has. An operator without its kernel runs in plain PyTorch.
+``torch.ops.clara_fast.*`` are the public operators: schema, fake, autograd and dispatch are Python, so they
+exist without any native code. ``torch.ops.clara_fast_native.*`` are raw CPU kernels: the schemas below are
+defined here and ``lib/clara_fast_cpu.so`` implements those that it has. An operator without its kernel runs
+in plain PyTorch.
 """
 
 from __future__ import annotations
@@ -15,11 +16,12 @@ import torch
 
 NATIVE_SCHEMAS = {
     "pool_memory_forward": (
-        "(Tensor hidden, Tensor offsets, int num_memory, Tensor? norm_weight, float norm_eps) -> (Tensor, Tensor)"
+        "(Tensor hidden, Tensor offsets, int num_memory, Tensor? norm_weight, float norm_eps) "
+        "-> (Tensor, Tensor)"
     ),
     "pool_memory_backward": (
-        "(Tensor grad_memory, Tensor grad_mse, Tensor hidden, Tensor offsets, int num_memory, Tensor? norm_weight, "
-        "float norm_eps) -> (Tensor, Tensor)"
+        "(Tensor grad_memory, Tensor grad_mse, Tensor hidden, Tensor offsets, int num_memory, "
+        "Tensor? norm_weight, float norm_eps) -> (Tensor, Tensor)"
     ),
     "cosine_topk": "(Tensor queries, Tensor keys, int k, Tensor? key_scales) -> (Tensor, Tensor)",
     "select_memory_forward": (
@@ -27,8 +29,9 @@ NATIVE_SCHEMAS = {
         "-> (Tensor, Tensor, Tensor)"
     ),
     "select_memory_backward": (
-        "(Tensor grad_selected, Tensor grad_scores, Tensor query, Tensor keys, Tensor memory, Tensor indices, "
-        "Tensor scores, float temperature, float taken_logit, Tensor? valid) -> (Tensor, Tensor, Tensor)"
+        "(Tensor grad_selected, Tensor grad_scores, Tensor query, Tensor keys, Tensor memory, "
+        "Tensor indices, Tensor scores, float temperature, float taken_logit, Tensor? valid) "
+        "-> (Tensor, Tensor, Tensor)"
     ),
 }
 NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -52,7 +55,9 @@ def define(
     library.impl(name, implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"clara_fast::{name}", fake, lib=library)
     if backward is not None:
-        torch.library.register_autograd(f"clara_fast::{name}", backward, setup_context=setup_context, lib=library)
+        torch.library.register_autograd(
+            f"clara_fast::{name}", backward, setup_context=setup_context, lib=library
+        )
     return getattr(torch.ops.clara_fast, name).default
 
 
@@ -82,7 +87,7 @@ native = _load_native()
 
 
 def native_kernel(name: str, *tensors: torch.Tensor) -> Callable | None:
-    """The CPU kernel ``name`` if it exists and takes these tensors (float32, bfloat16 or float16, one dtype)."""
+    """The CPU kernel ``name``, if there is one that takes these tensors: of one dtype that it knows."""
     first = tensors[0]
     if first.device.type != "cpu" or first.dtype not in NATIVE_DTYPES:
         return None
@@ -100,6 +105,6 @@ def _warn_missing(name: str) -> None:
     if not _missing_warned:
         _missing_warned = True
         warnings.warn(
-            f"clara_fast's native CPU library has no kernel {name}; it and others like it run in plain PyTorch",
+            f"clara_fast's native CPU library has no kernel {name}: it and others like it run in PyTorch",
             stacklevel=4,
         )

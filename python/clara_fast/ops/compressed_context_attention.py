@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from torch import Tensor
 from clara_fast.ops import _library
 from clara_fast.ops.layout import ContextLayout, check_layout_shapes
 
-# Query rows per tile: scores stay in cache, and keys past the tile's last row, which none of it sees, are skipped.
+# Query rows per tile: scores stay in cache, and keys past the tile's last row are not touched.
 _TILE_ROWS = 128
 # Tiles of one shape are computed as one batch up to so many score elements per head.
 _BATCH_SCORES = 1 << 16
@@ -51,7 +52,7 @@ class _Tile:
 
 
 class _Rows:
-    """As many rows of a packed tensor for each of ``count`` tiles: a strided view where the tiles are evenly spaced."""
+    """Equally many rows of a packed tensor for each of ``count`` tiles; a view where evenly spaced."""
 
     def __init__(self, ranges_of: list[list[tuple[int, int]]], device: torch.device) -> None:
         starts = [ranges[0][0] for ranges in ranges_of]
@@ -59,7 +60,7 @@ class _Rows:
         self.length = sum(length for _, length in ranges_of[0])
         self.start = starts[0]
         self.step = starts[1] - starts[0] if self.count > 1 else 0
-        even = all(later - earlier == self.step for earlier, later in zip(starts, starts[1:]))
+        even = all(later - earlier == self.step for earlier, later in pairwise(starts))
         self.index = None
         if not even or self.step < 0 or any(len(ranges) > 1 for ranges in ranges_of):
             rows = [torch.arange(start, start + length) for ranges in ranges_of for start, length in ranges]
@@ -122,7 +123,7 @@ class _Batch:
         self.kv.add(target, values.unflatten(0, (self.kv.count, -1)).transpose(1, 2))
 
     def hide_future_(self, scores: Tensor) -> Tensor:
-        """-inf where a row may not look in ``[count * Hkv, groups * L, keys]``: its own last L keys, past itself."""
+        """-inf in ``[count * Hkv, groups * L, keys]`` for row i past the i-th of the last L keys."""
         if self.has_own and self.rows > 1:
             square = scores.unflatten(1, (-1, self.rows))[..., -self.rows :]
             square += _future(scores.device, scores.dtype)[: self.rows, : self.rows]
@@ -152,7 +153,7 @@ def _tiles_of_segment(q_start: int, q_len: int, kv_start: int, kv_len: int, cont
     first = 0 if contexts else max(q_len - kv_len, 0)
     while first < q_len:
         own_first = kv_len - q_len + first + 1
-        # Rows that see contexts alone form a tile without own keys, so that the mask below stays a plain triangle.
+        # Rows that see contexts alone form a tile without own keys, so that the mask below is a triangle.
         last = min(first + _TILE_ROWS, q_len if own_first > 0 else min(q_len, q_len - kv_len))
         own = max(kv_len - (q_len - last), 0)
         tiles.append(_Tile(q_start + first, last - first, kv_start, own, contexts))
@@ -203,9 +204,13 @@ def _cpu_multiplies_low_precision() -> bool:
 
 
 def _matmul_dtype(query: Tensor) -> torch.dtype:
-    """The dtype of the products: without the instructions for it a CPU multiplies bfloat16 20 times slower."""
+    """The dtype of the products: a CPU without instructions for bfloat16 multiplies it 20 times slower."""
     low = query.dtype in (torch.bfloat16, torch.float16)
-    if low and query.device.type == "cpu" and not (query.dtype == torch.bfloat16 and _cpu_multiplies_low_precision()):
+    if (
+        low
+        and query.device.type == "cpu"
+        and not (query.dtype == torch.bfloat16 and _cpu_multiplies_low_precision())
+    ):
         return torch.float32
     return query.dtype
 
@@ -214,7 +219,7 @@ def _weights(batch: _Batch, query: Tensor, key: Tensor, scale: float) -> tuple[T
     """Scores and their softmax ``[count * Hkv, groups * L, keys]`` in the accumulation dtype."""
     scores = torch.bmm(query, key.transpose(1, 2)).to(_accumulate_dtype(query.dtype)).mul_(scale)
     batch.hide_future_(scores)
-    # softmax, not exp(scores - lse): the library's is twice as fast, and does not slow down where exp underflows.
+    # softmax, not exp(scores - lse): twice as fast, and not slowed down where exp underflows.
     return scores, scores.softmax(-1)
 
 
@@ -239,10 +244,14 @@ def _forward(
         lse = query.new_full(query.shape[:2], -math.inf, dtype=dtype)
     matmul, heads = _matmul_dtype(query), key.shape[1]
     for batch in plan.batches:
-        scores, weights = _weights(batch, batch.queries(query, heads).to(matmul), batch.keys(key).to(matmul), scale)
+        scores, weights = _weights(
+            batch, batch.queries(query, heads).to(matmul), batch.keys(key).to(matmul), scale
+        )
         batch.put_queries(out, torch.bmm(weights.to(matmul), batch.keys(value).to(matmul)))
         # The largest weight is exp(largest score - lse).
-        batch.put_queries(lse.unsqueeze(-1), scores.amax(-1, keepdim=True) - weights.amax(-1, keepdim=True).log_())
+        batch.put_queries(
+            lse.unsqueeze(-1), scores.amax(-1, keepdim=True) - weights.amax(-1, keepdim=True).log_()
+        )
     return out, lse
 
 
@@ -312,8 +321,8 @@ def _autograd_backward(ctx, grad_out, grad_lse):
 
 _LAYOUT_SCHEMA = "Tensor q_start, Tensor q_len, Tensor kv_start, Tensor kv_len, Tensor contexts, float scale"
 _backward_op = _library.define(
-    "compressed_context_attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor query, Tensor key, Tensor value, "
-    f"Tensor out, Tensor lse, {_LAYOUT_SCHEMA}) -> (Tensor, Tensor, Tensor)",
+    "compressed_context_attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor query, Tensor key, "
+    f"Tensor value, Tensor out, Tensor lse, {_LAYOUT_SCHEMA}) -> (Tensor, Tensor, Tensor)",
     _backward,
     fake=_backward_fake,
 )
@@ -334,7 +343,9 @@ def _check(query: Tensor, key: Tensor, value: Tensor, layout: ContextLayout) -> 
         if tensor.dtype != query.dtype or not tensor.is_floating_point():
             raise ValueError(f"{name} must be floating point like query ({query.dtype}), got {tensor.dtype}")
     if key.shape[:2] != value.shape[:2]:
-        raise ValueError(f"value rows and heads {list(value.shape[:2])} must be those of key {list(key.shape[:2])}")
+        raise ValueError(
+            f"value rows and heads {list(value.shape[:2])} must be those of key {list(key.shape[:2])}"
+        )
     if query.shape[2] != key.shape[2]:
         raise ValueError(f"query head size ({query.shape[2]}) must be that of key ({key.shape[2]})")
     if key.shape[1] == 0 or query.shape[1] % key.shape[1]:
@@ -349,23 +360,29 @@ def compressed_context_attention(
 ) -> Tensor:
     """Attention in which each segment reads its contexts in full and itself causally.
 
-    Equivalent to ``softmax(scale * query @ key.T + mask) @ value`` with the mask that ``layout`` describes; a query row
-    of no segment, or with nothing to attend to, gives zeros. A context does not look at its readers, so computing it
-    once for many questions is exact.
+    Equivalent to ``softmax(scale * query @ key.T + mask) @ value`` with the mask that ``layout`` describes; a
+    query row of no segment, or with nothing to attend to, gives zeros. A context does not look at its
+    readers, so computing it once for many questions is exact.
 
     Args:
         query: ``[Tq, Hq, E]``.
-        key: ``[Tk, Hkv, E]``; ``Hq`` is a multiple of ``Hkv``, query head h reads key head ``h // (Hq / Hkv)``.
+        key: ``[Tk, Hkv, E]``; ``Hq`` is a multiple of ``Hkv``, query head h shares key heads in order.
         value: ``[Tk, Hkv, Ev]``.
-        layout: the segments, on the device of ``query``. Its ranges must lie inside the rows (``layout.validate``).
+        layout: the segments, on the device of ``query``. Its ranges must lie inside the rows
+            (``layout.validate``).
         scale: multiplies the scores; ``E ** -0.5`` by default.
 
     Returns:
-        ``[Tq, Hq, Ev]`` in the dtype of ``query``; scores and sums are in float32 (float64 for float64).
+        ``[Tq, Hq, Ev]`` in the dtype of ``query`` (under autocast, in its dtype); scores and sums are in
+        float32 (float64 for float64).
 
     Raises:
         ValueError: on shapes or dtypes that do not fit.
     """
+    device = query.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     _check(query, key, value, layout)
     if scale is None:
         scale = query.shape[2] ** -0.5

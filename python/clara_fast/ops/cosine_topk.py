@@ -12,6 +12,7 @@ from clara_fast.ops import _library
 _QUANTISED = (torch.int8, torch.float8_e4m3fn)
 # Keys per block: a block's float32 copy stays within some tens of megabytes at the widths in use.
 _BLOCK_NUMBERS = 1 << 24
+_PANEL_ROWS = 64
 
 
 def _accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -25,7 +26,7 @@ def unit_rows(rows: Tensor) -> Tensor:
 
 
 def descending_topk(scores: Tensor, indices: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k best of ``scores [B, N]``: NaN last, ties to the lower of ``indices [B, N]`` (ascending where tied)."""
+    """The k best of ``scores [B, N]``, NaN last, ties in their order, and their ``indices [B, N]``."""
     ranked = (scores + 0.0).masked_fill(scores.isnan(), -math.inf)
     if scores.dtype == torch.float32 and scores.shape[1] > k:
         # topk does not order ties; an integer that holds the score above the position has none.
@@ -50,7 +51,9 @@ def _forward(queries: Tensor, keys: Tensor, k: int, key_scales: Tensor | None) -
 
 
 def _forward_plain(queries: Tensor, keys: Tensor, k: int, key_scales: Tensor | None) -> tuple[Tensor, Tensor]:
-    dtype = _accumulate_dtype(torch.promote_types(queries.dtype, keys.dtype) if keys.dtype not in _QUANTISED else queries.dtype)
+    dtype = _accumulate_dtype(
+        torch.promote_types(queries.dtype, keys.dtype) if keys.dtype not in _QUANTISED else queries.dtype
+    )
     batch, count = queries.shape[0], keys.shape[0]
     unit = unit_rows(queries.to(dtype))
     best = queries.new_empty((batch, 0), dtype=dtype)
@@ -60,16 +63,22 @@ def _forward_plain(queries: Tensor, keys: Tensor, k: int, key_scales: Tensor | N
         block = keys[start : start + step].to(dtype)
         if key_scales is not None:
             block = block * key_scales[start : start + step].to(dtype).unsqueeze(1)
-        scores = torch.cat((best, unit @ unit_rows(block).T), 1)
-        places = torch.arange(start, start + block.shape[0], device=keys.device).expand(batch, -1)
-        best, best_indices = descending_topk(scores, torch.cat((best_indices, places), 1), min(k, scores.shape[1]))
+        rows = block.shape[0]
+        # Whole panels of keys: in the remainder of a matrix product equal keys may round differently, which
+        # breaks ties.
+        block = torch.nn.functional.pad(unit_rows(block), (0, 0, 0, -rows % _PANEL_ROWS))
+        scores = torch.cat((best, (unit @ block.T)[:, :rows]), 1)
+        places = torch.arange(start, start + rows, device=keys.device).expand(batch, -1)
+        best, best_indices = descending_topk(
+            scores, torch.cat((best_indices, places), 1), min(k, scores.shape[1])
+        )
     return best, best_indices
 
 
 def _backward(
     grad_scores: Tensor, queries: Tensor, keys: Tensor, indices: Tensor, key_scales: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """The cosine's gradient over the k chosen keys; none of it for quantised keys (an empty second tensor)."""
+    """The cosine's gradient over the k chosen keys; for quantised keys the second is empty."""
     dtype = grad_scores.dtype
     wide = queries.to(dtype)
     chosen = keys[indices].to(dtype)
@@ -81,7 +90,9 @@ def _backward(
     q_unit, k_unit = wide * q_inverse.unsqueeze(-1), chosen * k_inverse.unsqueeze(-1)
     scores = torch.einsum("br,bkr->bk", q_unit, k_unit)
     grad_queries = torch.einsum("bk,bkr->br", grad_scores, k_unit)
-    grad_queries = (grad_queries - (grad_scores * scores).sum(1, keepdim=True) * q_unit) * q_inverse.unsqueeze(-1)
+    grad_queries = (
+        grad_queries - (grad_scores * scores).sum(1, keepdim=True) * q_unit
+    ) * q_inverse.unsqueeze(-1)
     if keys.dtype in _QUANTISED:
         return grad_queries.to(queries.dtype), queries.new_empty(0)
     grad_chosen = q_unit.unsqueeze(1) - scores.unsqueeze(-1) * k_unit
@@ -115,8 +126,8 @@ def _autograd_backward(ctx, grad_scores, _):
 
 
 _backward_op = _library.define(
-    "cosine_topk_backward(Tensor grad_scores, Tensor queries, Tensor keys, Tensor indices, Tensor? key_scales) "
-    "-> (Tensor, Tensor)",
+    "cosine_topk_backward(Tensor grad_scores, Tensor queries, Tensor keys, Tensor indices, "
+    "Tensor? key_scales) -> (Tensor, Tensor)",
     _backward,
     fake=_backward_fake,
 )
@@ -139,7 +150,9 @@ def _check(queries: Tensor, keys: Tensor, k: int, key_scales: Tensor | None) -> 
     if keys.dtype in _QUANTISED:
         if key_scales is None or key_scales.shape != keys.shape[:1]:
             got = None if key_scales is None else list(key_scales.shape)
-            raise ValueError(f"key_scales must have shape [N] = {list(keys.shape[:1])} for {keys.dtype} keys, got {got}")
+            raise ValueError(
+                f"key_scales must have shape [N] = {list(keys.shape[:1])} for {keys.dtype} keys, got {got}"
+            )
     elif not keys.is_floating_point():
         raise ValueError(f"keys must be floating point, int8 or float8_e4m3fn, got {keys.dtype}")
     elif key_scales is not None:
@@ -150,12 +163,14 @@ def _check(queries: Tensor, keys: Tensor, k: int, key_scales: Tensor | None) -> 
         raise ValueError(f"k ({k}) must be at most the number of keys ({keys.shape[0]})")
 
 
-def cosine_topk(queries: Tensor, keys: Tensor, k: int, *, key_scales: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def cosine_topk(
+    queries: Tensor, keys: Tensor, k: int, *, key_scales: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """The k keys of highest cosine with each query.
 
-    Equivalent to ``(normalize(queries) @ normalize(keys).T).topk(k)`` in float32, without the ``[B, N]`` matrix or a
-    normalised copy of the keys. Zero vectors score 0; NaN scores rank last; ties go to the lower index. Differentiable
-    in the queries and in floating-point keys, through the k scores returned.
+    Equivalent to ``(normalize(queries) @ normalize(keys).T).topk(k)`` in float32, without the ``[B, N]``
+    matrix or a normalised copy of the keys. Zero vectors score 0; NaN scores rank last; ties go to the lower
+    index. Differentiable in the queries and in floating-point keys, through the k scores returned.
 
     Args:
         queries: ``[B, R]``.

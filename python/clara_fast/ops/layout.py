@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
@@ -26,8 +26,9 @@ class ContextLayout:
     Args:
         q_start, q_len: int32 ``[S]``, the query rows of each segment; segments do not overlap.
         kv_start, kv_len: int32 ``[S]``, the key rows of each segment.
-        contexts: int32 ``[S, C]``, indices of segments, -1 where there is none. A context is read through its key
-            rows only: it may come later in the batch, and its own contexts are not inherited.
+        contexts: int32 ``[S, C]``, indices of segments, -1 where there is none. A context is read through its
+            key rows only: it may come later in the batch, and its own contexts are not inherited. The key
+            rows that one segment reads, its own and its contexts', must not overlap.
     """
 
     q_start: Tensor
@@ -64,7 +65,9 @@ class ContextLayout:
         """From Python lists; ``contexts`` may be ragged."""
         width = max((len(row) for row in contexts), default=0)
         padded = [list(row) + [-1] * (width - len(row)) for row in contexts]
-        rows = [torch.tensor(list(values), dtype=torch.int32) for values in (q_start, q_len, kv_start, kv_len)]
+        rows = [
+            torch.tensor(list(values), dtype=torch.int32) for values in (q_start, q_len, kv_start, kv_len)
+        ]
         layout = cls(*rows, torch.tensor(padded, dtype=torch.int32).reshape(len(padded), width))
         return layout if device is None else layout.to(device)
 
@@ -86,7 +89,7 @@ class ContextLayout:
             raise ValueError("give exactly one of lengths and offsets")
         if offsets is not None:
             bounds = _int_list(offsets)
-            sizes = [end - start for start, end in zip(bounds, bounds[1:])]
+            sizes = [end - start for start, end in pairwise(bounds)]
             starts = bounds[:-1]
             return cls.from_lists(starts, sizes, starts, sizes, [[] for _ in sizes], device=device)
         sizes = _int_list(lengths)
@@ -102,7 +105,8 @@ class ContextLayout:
     ) -> ContextLayout:
         """Each context followed by its branches: context_0, its branches, context_1, its branches, ...
 
-        A context is causal in itself; a branch reads its context in full and itself causally, and no other branch.
+        A context is causal in itself; a branch reads its context in full and itself causally, and no other
+        branch.
         """
         contexts_of: list[list[int]] = []
         lengths: list[int] = []
@@ -120,7 +124,7 @@ class ContextLayout:
         *,
         device: torch.device | str | None = None,
     ) -> ContextLayout:
-        """Per sample, independent causal blocks and then a final segment that reads all of them and itself."""
+        """Per sample, independent causal blocks, then a final segment that reads all of them and itself."""
         contexts_of: list[list[int]] = []
         lengths: list[int] = []
         for blocks, final_length in zip(block_lengths, _int_list(final_lengths), strict=True):
@@ -142,14 +146,14 @@ class ContextLayout:
         q_padding: Lengths | int = 0,
         device: torch.device | str | None = None,
     ) -> ContextLayout:
-        """Prefill or decode over a padded cache ``[B, kv_stride, ...]`` seen as ``[B * kv_stride, ...]`` rows.
+        """Prefill or decode over a padded cache ``[B, kv_stride, ...]``, flattened to rows.
 
         Args:
             kv_lengths: ``[B]``, how many key rows of each sample are valid.
             kv_stride: rows of the cache per sample.
             kv_padding: unused rows before the valid ones (left padding), one number or ``[B]``.
-            q_lengths: valid query rows per sample, the last ones of its keys; all of ``kv_lengths`` by default (prefill),
-                1 for decode.
+            q_lengths: valid query rows per sample, the last ones of its keys; all of ``kv_lengths`` by
+                default (prefill), 1 for decode.
             q_stride: query rows per sample; the largest of ``q_padding + q_lengths`` by default.
             q_padding: unused query rows before the valid ones.
         """
@@ -175,8 +179,8 @@ class ContextLayout:
         """Checks the values (copies them to the host if they are not there) and returns the layout itself.
 
         Raises:
-            ValueError: a wrong shape or dtype, a negative length, a range outside the rows, overlapping query ranges
-                or a context that is no segment.
+            ValueError: a wrong shape or dtype, a negative length, a range outside the rows, overlapping query
+                ranges or a context that is no segment.
         """
         check_layout_shapes(*self.tensors())
         q_start, q_len, kv_start, kv_len = (tensor.tolist() for tensor in self.tensors()[:4])
@@ -188,17 +192,20 @@ class ContextLayout:
             for segment, (start, length) in enumerate(zip(starts, lengths)):
                 if start < 0 or length < 0:
                     raise ValueError(
-                        f"{name}_start ({start}) and {name}_len ({length}) of segment {segment} must not be negative"
+                        f"{name}_start ({start}) and {name}_len ({length}) of segment {segment} must not "
+                        "be negative"
                     )
                 if rows is not None and start + length > rows:
                     raise ValueError(
-                        f"{name}_start + {name}_len ({start + length}) of segment {segment} must be at most the number "
-                        f"of rows ({rows})"
+                        f"{name}_start + {name}_len ({start + length}) of segment {segment} must be at most "
+                        f"the number of rows ({rows})"
                     )
         ranges = sorted((start, start + length) for start, length in zip(q_start, q_len) if length)
-        for (_, end), (start, _) in zip(ranges, ranges[1:]):
+        for (_, end), (start, _) in pairwise(ranges):
             if start < end:
-                raise ValueError(f"query ranges must not overlap: one starts at {start} before another ends at {end}")
+                raise ValueError(
+                    f"query ranges must not overlap: one starts at {start} before another ends at {end}"
+                )
         for segment, row in enumerate(self.contexts.tolist()):
             for context in row:
                 if not -1 <= context < segments:
@@ -208,7 +215,9 @@ class ContextLayout:
         return self
 
 
-def check_layout_shapes(q_start: Tensor, q_len: Tensor, kv_start: Tensor, kv_len: Tensor, contexts: Tensor) -> None:
+def check_layout_shapes(
+    q_start: Tensor, q_len: Tensor, kv_start: Tensor, kv_len: Tensor, contexts: Tensor
+) -> None:
     segments = q_start.shape[0] if q_start.dim() == 1 else -1
     for name, tensor in (("q_start", q_start), ("q_len", q_len), ("kv_start", kv_start), ("kv_len", kv_len)):
         if tensor.dim() != 1 or tensor.shape[0] != segments:

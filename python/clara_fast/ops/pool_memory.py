@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -34,13 +36,15 @@ def _means(rows: Tensor, bounds: Tensor, num_memory: int) -> tuple[Tensor, Tenso
     """Means ``[S, D]`` of document and of memory rows, and the documents' row counts ``[S, 1]``."""
     dtype = _accumulate_dtype(rows.dtype)
     if rows.device.type == "cpu":
-        # A slice at a time reads each row once; segment_reduce on CPU needs a float32 copy and runs at half the speed.
+        # A slice at a time reads each row once; segment_reduce on CPU needs a float32 copy and runs at half
+        # the speed.
         limits = bounds.tolist()
         sums = rows.new_empty((len(limits) - 1, rows.shape[1]), dtype=dtype)
-        for index, (start, end) in enumerate(zip(limits, limits[1:])):
+        for index, (start, end) in enumerate(pairwise(limits)):
             torch.sum(rows[start:end], 0, dtype=dtype, out=sums[index])
     else:
-        # segment_reduce needs the rows before the first bound to be gone; they become a segment that is dropped.
+        # segment_reduce needs the rows before the first bound to be gone; they become a segment that is
+        # dropped.
         edges = torch.cat((bounds.new_zeros(1), bounds, bounds.new_full((1,), rows.shape[0])))
         sums = torch.segment_reduce(rows.to(dtype), "sum", offsets=edges, axis=0)[1:-1]
     counts = (bounds[1::2] - bounds[:-1:2]).unsqueeze(1).to(dtype)
@@ -55,7 +59,9 @@ def _memory_rows(offsets: Tensor, num_memory: int) -> Tensor:
 def _forward(
     hidden: Tensor, offsets: Tensor, num_memory: int, norm_weight: Tensor | None, norm_eps: float
 ) -> tuple[Tensor, Tensor]:
-    kernel = _library.native_kernel("pool_memory_forward", hidden, *([] if norm_weight is None else [norm_weight]))
+    kernel = _library.native_kernel(
+        "pool_memory_forward", hidden, *([] if norm_weight is None else [norm_weight])
+    )
     if kernel is not None and offsets.shape[0] > 1:
         weight = None if norm_weight is None else norm_weight.contiguous()
         return kernel(hidden.contiguous(), offsets.contiguous(), num_memory, weight, norm_eps)
@@ -69,7 +75,9 @@ def _forward_plain(
     rows = _normalise(hidden, norm_weight, None if norm_weight is None else _inverse_rms(hidden, norm_eps))
     document, memory_mean, counts = _means(rows, _bounds(offsets, num_memory), num_memory)
     mse = (document - memory_mean).square().mean(1).masked_fill(counts.squeeze(1) == 0, 0)
-    memory = rows.index_select(0, _memory_rows(offsets, num_memory)).view(segments, num_memory, hidden.shape[1])
+    memory = rows.index_select(0, _memory_rows(offsets, num_memory)).view(
+        segments, num_memory, hidden.shape[1]
+    )
     return memory, mse
 
 
@@ -86,7 +94,7 @@ def _backward(
     kernel = _library.native_kernel("pool_memory_backward", hidden, grad_memory, *weights)
     if kernel is not None and offsets.shape[0] > 1:
         weight = None if norm_weight is None else norm_weight.contiguous()
-        return kernel(
+        grad_hidden, grad_weight = kernel(
             grad_memory.contiguous(),
             grad_mse.contiguous(),
             hidden.contiguous(),
@@ -95,6 +103,7 @@ def _backward(
             weight,
             norm_eps,
         )
+        return grad_hidden, hidden.new_empty(0) if weight is None else grad_weight.to(weight.dtype)
     return _backward_plain(grad_memory, grad_mse, hidden, offsets, num_memory, norm_weight, norm_eps)
 
 
@@ -155,8 +164,8 @@ def _autograd_backward(ctx, grad_memory, grad_mse):
 
 
 _backward_op = _library.define(
-    "pool_memory_backward(Tensor grad_memory, Tensor grad_mse, Tensor hidden, Tensor offsets, int num_memory, "
-    "Tensor? norm_weight, float norm_eps) -> (Tensor, Tensor)",
+    "pool_memory_backward(Tensor grad_memory, Tensor grad_mse, Tensor hidden, Tensor offsets, "
+    "int num_memory, Tensor? norm_weight, float norm_eps) -> (Tensor, Tensor)",
     _backward,
     fake=_backward_fake,
 )
@@ -180,17 +189,20 @@ def _check(hidden: Tensor, offsets: Tensor, num_memory: int, norm_weight: Tensor
     if num_memory < 1:
         raise ValueError(f"num_memory ({num_memory}) must be at least 1")
     if norm_weight is not None and norm_weight.shape != hidden.shape[1:]:
-        raise ValueError(f"norm_weight must have shape [D] = {list(hidden.shape[1:])}, got {list(norm_weight.shape)}")
+        raise ValueError(
+            f"norm_weight must have shape [D] = {list(hidden.shape[1:])}, got {list(norm_weight.shape)}"
+        )
 
 
 def _check_offsets(offsets: Tensor, num_memory: int, rows: int) -> None:
     values = offsets.tolist()
     if values[0] < 0 or values[-1] > rows:
         raise ValueError(f"offsets ({values[0]} .. {values[-1]}) must lie within the rows of hidden ({rows})")
-    for segment, (start, end) in enumerate(zip(values, values[1:])):
+    for segment, (start, end) in enumerate(pairwise(values)):
         if end - start < num_memory:
             raise ValueError(
-                f"offsets give segment {segment} {end - start} rows, which must be at least num_memory ({num_memory})"
+                f"offsets give segment {segment} {end - start} rows, which must be at least num_memory "
+                f"({num_memory})"
             )
 
 
@@ -212,16 +224,17 @@ def pool_memory(
         hidden: ``[T, D]``, final-layer states of S packed segments.
         offsets: int32 ``[S + 1]``, where the segments start and the last one ends. Rows outside are ignored.
         num_memory: m, memory rows per segment.
-        norm_weight: ``[D]``; if given, ``hidden`` is the residual stream before the model's final RMSNorm, which is
-            applied first as transformers' ``LlamaRMSNorm`` does (in float32, rounded, times the weight).
+        norm_weight: ``[D]``; if given, ``hidden`` is the residual stream before the model's final RMSNorm,
+            which is applied first as transformers' ``LlamaRMSNorm`` does (in float32, rounded, times the
+            weight).
         norm_eps: epsilon of that norm.
 
     Returns:
         memory ``[S, m, D]`` in the dtype of ``hidden``, and mse ``[S]`` float32 (float64 for float64).
 
     Raises:
-        ValueError: on shapes or dtypes that do not fit and, for CPU tensors, on offsets that are out of range or give a
-            segment fewer than ``num_memory`` rows.
+        ValueError: on shapes or dtypes that do not fit and, for CPU tensors, on offsets that are out of range
+            or give a segment fewer than ``num_memory`` rows.
     """
     _check(hidden, offsets, num_memory, norm_weight)
     if offsets.device.type == "cpu" and not torch.compiler.is_compiling():

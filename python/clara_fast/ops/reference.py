@@ -1,12 +1,13 @@
 """What every operator means, in plain differentiable PyTorch. Slow on purpose: tests compare against it.
 
-Every function computes in the dtype of its inputs, so that float64 inputs give the exact answer and low-precision
-inputs give what an eager implementation would.
+Every function computes in the dtype of its inputs, so that float64 inputs give the exact answer and
+low-precision inputs give what an eager implementation would.
 """
 
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -32,7 +33,7 @@ def pool_memory(
     rows = hidden if norm_weight is None else rms_norm(hidden, norm_weight, norm_eps)
     memories, losses = [], []
     bounds = offsets.tolist()
-    for start, end in zip(bounds, bounds[1:]):
+    for start, end in pairwise(bounds):
         document, memory = rows[start : end - num_memory], rows[end - num_memory : end]
         memories.append(memory)
         wide = rows.dtype if rows.dtype == torch.float64 else torch.float32
@@ -65,7 +66,9 @@ def _order(scores: Tensor, valid: Tensor | None = None) -> Tensor:
     return keys.sort(dim=-1, descending=True, stable=True).indices
 
 
-def cosine_topk(queries: Tensor, keys: Tensor, k: int, *, key_scales: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def cosine_topk(
+    queries: Tensor, keys: Tensor, k: int, *, key_scales: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     wide = keys.to(queries.dtype)
     if key_scales is not None:
         wide = wide * key_scales.to(queries.dtype).unsqueeze(1)
@@ -104,7 +107,9 @@ def select_memory(
             chosen = int(order[row, slot])
             soft = row_logits.softmax(0)
             # (hard + soft - soft.detach()) @ memory, written so that the value is exactly the chosen memory.
-            surrogate = torch.einsum("n,nmd->md", (soft - soft.detach()).to(memory.dtype), memory[row].detach())
+            surrogate = torch.einsum(
+                "n,nmd->md", (soft - soft.detach()).to(memory.dtype), memory[row].detach()
+            )
             selected.append(memory[row, chosen] + surrogate)
             indices.append(chosen)
             taken = torch.zeros_like(row_logits)
@@ -112,7 +117,11 @@ def select_memory(
             row_logits = row_logits + taken
     shape = (batch, k, *memory.shape[2:])
     selected_memory = torch.stack(selected).view(shape) if selected else memory.new_zeros(shape)
-    return selected_memory, torch.tensor(indices, device=query.device).view(batch, k), scores
+    return (
+        selected_memory,
+        torch.tensor(indices, dtype=torch.int64, device=query.device).view(batch, k),
+        scores,
+    )
 
 
 def attention_mask(layout: ContextLayout, num_query_rows: int, num_key_rows: int) -> Tensor:

@@ -21,7 +21,13 @@ def _inverse_norm(rows: Tensor) -> Tensor:
 
 
 def _forward(
-    query: Tensor, keys: Tensor, memory: Tensor, k: int, temperature: float, taken_logit: float, valid: Tensor | None
+    query: Tensor,
+    keys: Tensor,
+    memory: Tensor,
+    k: int,
+    temperature: float,
+    taken_logit: float,
+    valid: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     kernel = _library.native_kernel("select_memory_forward", query, keys, memory)
     if kernel is not None and 0 < k <= keys.shape[1]:
@@ -36,7 +42,8 @@ def _forward_plain(
     dtype = _accumulate_dtype(query.dtype)
     batch, count = keys.shape[:2]
     wide, wide_keys = query.to(dtype), keys.to(dtype)
-    scores = torch.bmm(wide_keys, wide.unsqueeze(-1)).squeeze(-1)
+    # Not a matrix product: that may round equal keys differently, and so break ties.
+    scores = (wide_keys * wide.unsqueeze(1)).sum(-1)
     scores = scores * _inverse_norm(wide_keys) * _inverse_norm(wide).unsqueeze(1)
     ranked = scores.masked_fill(scores.isnan(), -math.inf)
     if valid is not None:
@@ -92,9 +99,7 @@ def _backward(
     )
 
 
-def _grad_logits(
-    affinity: Tensor, logits: Tensor, indices: Tensor, taken_logit: float
-) -> Tensor:
+def _grad_logits(affinity: Tensor, logits: Tensor, indices: Tensor, taken_logit: float) -> Tensor:
     """``dl_i = sum_j p_ji (a_ji - sum_i' p_ji' a_ji')`` for ``affinity [B, k, N]``, a slot at a time."""
     grad = torch.zeros_like(logits)
     logits = logits.clone()
@@ -104,8 +109,8 @@ def _grad_logits(
         soft = logits.softmax(1).masked_fill(~live, 0)
         a = affinity[:, slot]
         grad += soft * (a - (soft * a).sum(1, keepdim=True))
-        # scatter_add_ of 0 where the slot is empty
-        logits.scatter_add_(1, chosen.clamp(min=0), torch.where(live, taken_logit, 0.0).to(logits.dtype))
+        penalty = torch.full_like(chosen, taken_logit, dtype=logits.dtype).masked_fill_(~live, 0)
+        logits.scatter_add_(1, chosen.clamp(min=0), penalty)
     return grad
 
 
@@ -122,12 +127,10 @@ def _backward_plain(
     valid: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     dtype = _accumulate_dtype(query.dtype)
-    batch, count = keys.shape[:2]
-    slots = indices.shape[1]
-    if count == 0:
+    if keys.shape[1] == 0:
         return torch.zeros_like(query), torch.zeros_like(keys), torch.zeros_like(memory)
-    flat_grad = grad_selected.reshape(batch, slots, -1).to(dtype)
-    flat_memory = memory.reshape(batch, count, -1).to(dtype)
+    flat_grad = grad_selected.flatten(2).to(dtype)
+    flat_memory = memory.flatten(2).to(dtype)
     affinity = torch.bmm(flat_grad, flat_memory.transpose(1, 2))
     logits = scores / temperature
     if valid is not None:
@@ -139,6 +142,9 @@ def _backward_plain(
         grad_cosine = grad_cosine.masked_fill(~valid, 0)
 
     wide, wide_keys = query.to(dtype), keys.to(dtype)
+    if valid is not None:
+        # Padding may hold anything, and 0 * NaN is NaN.
+        wide_keys = wide_keys.masked_fill(~valid.unsqueeze(-1), 0)
     q_inverse, k_inverse = _inverse_norm(wide).unsqueeze(-1), _inverse_norm(wide_keys).unsqueeze(-1)
     q_unit = wide * q_inverse
     weight = grad_cosine.unsqueeze(-1) * k_inverse
@@ -182,8 +188,9 @@ def _autograd_backward(ctx, grad_selected, _, grad_scores):
 
 
 _backward_op = _library.define(
-    "select_memory_backward(Tensor grad_selected, Tensor grad_scores, Tensor query, Tensor keys, Tensor memory, "
-    "Tensor indices, Tensor scores, float temperature, float taken_logit, Tensor? valid) -> (Tensor, Tensor, Tensor)",
+    "select_memory_backward(Tensor grad_selected, Tensor grad_scores, Tensor query, Tensor keys, "
+    "Tensor memory, Tensor indices, Tensor scores, float temperature, float taken_logit, Tensor? valid) "
+    "-> (Tensor, Tensor, Tensor)",
     _backward,
     fake=_backward_fake,
 )
@@ -198,16 +205,25 @@ _op = _library.define(
 
 
 def _check(
-    query: Tensor, keys: Tensor, memory: Tensor, k: int, temperature: float, taken_logit: float, valid: Tensor | None
+    query: Tensor,
+    keys: Tensor,
+    memory: Tensor,
+    k: int,
+    temperature: float,
+    taken_logit: float,
+    valid: Tensor | None,
 ) -> None:
     if query.dim() != 2 or not query.is_floating_point():
         raise ValueError(f"query must be floating point [B, R], got {query.dtype} {list(query.shape)}")
     batch, size = query.shape
     if keys.dim() != 3 or keys.shape[0] != batch or keys.shape[2] != size:
-        raise ValueError(f"keys must have shape [B, N, R] with B = {batch} and R = {size}, got {list(keys.shape)}")
+        raise ValueError(
+            f"keys must have shape [B, N, R] with B = {batch} and R = {size}, got {list(keys.shape)}"
+        )
     if memory.dim() != 4 or memory.shape[:2] != keys.shape[:2]:
         raise ValueError(
-            f"memory must have shape [B, N, m, D] with [B, N] = {list(keys.shape[:2])}, got {list(memory.shape)}"
+            f"memory must have shape [B, N, m, D] with [B, N] = {list(keys.shape[:2])}, "
+            f"got {list(memory.shape)}"
         )
     for name, tensor in (("keys", keys), ("memory", memory)):
         if tensor.dtype != query.dtype:
@@ -238,9 +254,9 @@ def select_memory(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Selects the memories of the k best candidates, with the gradient of a softmax.
 
-    The forward pass gathers the k candidates of highest cosine. The backward pass is that of k softmax draws without
-    replacement over ``cosine / temperature`` (arXiv 2511.18659, straight-through top-k of the joint stage), computed
-    analytically. ``scores`` is differentiable too.
+    The forward pass gathers the k candidates of highest cosine. The backward pass is that of k softmax draws
+    without replacement over ``cosine / temperature`` (arXiv 2511.18659, straight-through top-k of the joint
+    stage), computed analytically. ``scores`` is differentiable too.
 
     Args:
         query: ``[B, R]``.
@@ -250,11 +266,13 @@ def select_memory(
         temperature: divides the cosines.
         valid: bool ``[B, N]``, False for padding.
         taken_logit: added to the logit of a candidate that an earlier slot took. Exact masking by default;
-            ``math.log(1e-8)`` reproduces the reference implementation, whose softmax leaks to taken candidates.
+            ``math.log(1e-8)`` reproduces the reference implementation, whose softmax leaks to taken
+            candidates.
 
     Returns:
-        memory ``[B, k, m, D]``, indices ``[B, k]`` int64 and scores ``[B, N]`` float32 (float64 for float64). Where fewer
-        than k candidates are valid, the memory is zero and the index -1; the score of an invalid candidate is 0.
+        memory ``[B, k, m, D]``, indices ``[B, k]`` int64 and scores ``[B, N]`` float32 (float64 for float64).
+        Where fewer than k candidates are valid, the memory is zero and the index -1; the score of an invalid
+        candidate is 0.
 
     Raises:
         ValueError: on shapes, dtypes or values that do not fit.

@@ -1,0 +1,263 @@
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from ops_checks import DTYPES, assert_same, assert_within_budget, values_and_grads
+
+from clara_fast import ops
+from clara_fast.ops import ContextLayout, reference
+
+LAYOUTS = {
+    "packed": (ContextLayout.packed([4, 0, 4, 3]), 11, 11),
+    "even": (ContextLayout.packed([5, 5, 5]), 15, 15),
+    "long": (ContextLayout.packed([150, 131]), 281, 281),
+    "branches": (ContextLayout.branches([5, 7, 0], [[3, 4], [3], [2, 0]]), 24, 24),
+    "blocks": (ContextLayout.blocks([[3, 3, 2], []], [4, 2]), 14, 14),
+    "prefill": (ContextLayout.padded([2, 4], 6, kv_padding=[1, 2], q_padding=[2, 0]), 8, 12),
+    "decode": (ContextLayout.padded([2, 4, 3], 6, kv_padding=[1, 2, 0], q_lengths=1), 3, 18),
+    "even decode": (ContextLayout.padded([4, 4, 4], 6, q_lengths=1), 3, 18),
+    "more queries than keys": (ContextLayout.from_lists([0, 4], [4, 3], [0, 2], [2, 1], [[], [0]]), 7, 3),
+    "shared keys": (ContextLayout.from_lists([0, 2], [2, 2], [0, 1], [3, 3], [[], []]), 4, 4),
+    "same keys": (ContextLayout.from_lists([0, 2], [2, 2], [1, 1], [3, 3], [[], []]), 4, 4),
+    "later context": (ContextLayout.from_lists([0, 2], [2, 2], [0, 2], [2, 2], [[1], []]), 4, 4),
+    "gaps": (ContextLayout.from_lists([5, 1], [2, 3], [4, 0], [2, 4], [[], []]), 9, 8),
+    "no segments": (ContextLayout.packed([]), 3, 2),
+    "no rows": (ContextLayout.packed([0]), 0, 0),
+}
+
+
+def make_inputs(rows, keys, heads=(4, 2), size=8, value_size=None, dtype=torch.float64):
+    return [
+        torch.randn(rows, heads[0], size, dtype=dtype),
+        torch.randn(keys, heads[1], size, dtype=dtype),
+        torch.randn(keys, heads[1], value_size or size, dtype=dtype),
+    ]
+
+
+def pair(layout, **options):
+    return (
+        lambda *inputs: ops.compressed_context_attention(*inputs, layout, **options),
+        lambda *inputs: reference.compressed_context_attention(*inputs, layout, **options),
+    )
+
+
+@pytest.mark.parametrize("heads", [(1, 1), (2, 2), (6, 2)])
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_matches_the_reference(name, heads):
+    layout, rows, keys = LAYOUTS[name]
+    layout.validate(rows, keys)
+    assert_same(*pair(layout), make_inputs(rows, keys, heads))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", ["packed", "branches", "blocks", "decode", "gaps"])
+def test_error_budget(name, dtype):
+    layout, rows, keys = LAYOUTS[name]
+    assert_within_budget(*pair(layout), make_inputs(rows, keys, dtype=dtype))
+
+
+@st.composite
+def layouts(draw):
+    segments = draw(st.integers(0, 5))
+    lengths = st.lists(st.integers(0, 6), min_size=segments, max_size=segments)
+    q_len, kv_len = draw(lengths), draw(lengths)
+    keys = 8
+    q_start = [sum(q_len[:segment]) for segment in range(segments)]
+    kv_start = [draw(st.integers(0, keys - length)) for length in kv_len]
+    row = st.lists(st.integers(0, max(segments - 1, 0)), max_size=3, unique=True)
+    contexts = []
+    for segment in range(segments):
+        taken = set(range(kv_start[segment], kv_start[segment] + kv_len[segment]))
+        chosen = []
+        # A key that a row sees twice is outside what a mask can say.
+        for other in draw(row):
+            own = set(range(kv_start[other], kv_start[other] + kv_len[other]))
+            if not own & taken:
+                taken |= own
+                chosen.append(other)
+        contexts.append(chosen)
+    return (
+        ContextLayout.from_lists(q_start, q_len, kv_start, kv_len, contexts),
+        sum(q_len) + draw(st.integers(0, 2)),
+        keys,
+    )
+
+
+@settings(max_examples=60, deadline=None)
+@given(layouts(), st.sampled_from([(1, 1), (4, 2)]), st.sampled_from([1, 5]), st.integers(0, 999))
+def test_any_layout(case, heads, size, seed):
+    torch.manual_seed(seed)
+    layout, rows, keys = case
+    assert_same(*pair(layout), make_inputs(rows, keys, heads, size))
+
+
+def test_tiles_of_different_batches(monkeypatch):
+    from clara_fast.ops.compressed_context_attention import _make_plan
+
+    inputs = make_inputs(24, 24)
+    layout = LAYOUTS["branches"][0]
+    whole = ops.compressed_context_attention(*inputs, layout)
+    monkeypatch.setitem(_make_plan.__wrapped__.__globals__, "_BATCH_SCORES", 1)
+    monkeypatch.setitem(_make_plan.__wrapped__.__globals__, "_TILE_ROWS", 2)
+    _make_plan.cache_clear()
+    try:
+        torch.testing.assert_close(ops.compressed_context_attention(*inputs, layout), whole)
+    finally:
+        _make_plan.cache_clear()
+
+
+def test_gradcheck():
+    layout, rows, keys = LAYOUTS["branches"]
+    inputs = [tensor.requires_grad_() for tensor in make_inputs(rows, keys, (2, 1), 3, 2)]
+    assert torch.autograd.gradcheck(
+        lambda *x: ops.compressed_context_attention(*x, layout), inputs, fast_mode=True
+    )
+
+
+def test_gradcheck_of_the_log_sum_exp():
+    layout, rows, keys = LAYOUTS["packed"]
+    inputs = [tensor.requires_grad_() for tensor in make_inputs(rows, keys, (2, 1), 3)]
+    function = lambda *x: torch.ops.clara_fast.compressed_context_attention(*x, *layout.tensors(), 0.7)  # noqa: E731
+    assert torch.autograd.gradcheck(function, inputs, fast_mode=True)
+    _, lse = function(*inputs)
+    grads = torch.autograd.grad(lse.sum(), inputs[:2])
+    assert all(grad.abs().sum() > 0 for grad in grads)
+
+
+def test_different_value_size_and_scale():
+    layout, rows, keys = LAYOUTS["blocks"]
+    assert_same(*pair(layout, scale=0.3), make_inputs(rows, keys, value_size=5))
+
+
+def test_non_contiguous_and_expanded_inputs():
+    layout, rows, keys = LAYOUTS["branches"]
+    query, key, value = make_inputs(rows, keys)
+    assert_same(
+        lambda q, k, v: ops.compressed_context_attention(
+            q.transpose(0, 1).contiguous().transpose(0, 1),
+            k[:, :1].expand(-1, 2, -1),
+            v.flip(2)[..., ::2],
+            layout,
+        ),
+        lambda q, k, v: reference.compressed_context_attention(
+            q, k[:, :1].expand(-1, 2, -1), v.flip(2)[..., ::2], layout
+        ),
+        [query, key, value],
+    )
+
+
+def test_expanded_upstream_gradient():
+    layout, rows, keys = LAYOUTS["packed"]
+    inputs = [tensor.requires_grad_() for tensor in make_inputs(rows, keys)]
+    ours = torch.autograd.grad(ops.compressed_context_attention(*inputs, layout).sum(), inputs)
+    theirs = torch.autograd.grad(reference.compressed_context_attention(*inputs, layout).sum(), inputs)
+    torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("wanted", range(3))
+def test_partial_requires_grad(wanted):
+    layout, rows, keys = LAYOUTS["branches"]
+    inputs = make_inputs(rows, keys)
+    full = values_and_grads(pair(layout)[0], inputs)[1:]
+    inputs[wanted].requires_grad_()
+    out = ops.compressed_context_attention(*inputs, layout)
+    generator = torch.Generator().manual_seed(1)
+    upstream = torch.randint(-8, 9, out.shape, generator=generator).to(out.dtype) / 8
+    torch.testing.assert_close(torch.autograd.grad(out, inputs[wanted], upstream)[0], full[wanted])
+
+
+def test_rows_outside_and_rows_that_see_nothing_are_zero():
+    layout, rows, keys = LAYOUTS["more queries than keys"]
+    out = ops.compressed_context_attention(*make_inputs(rows, keys), layout)
+    assert (out[:2] == 0).all()
+    assert (out[2:].abs().sum((1, 2)) > 0).all()
+    layout, rows, keys = LAYOUTS["gaps"]
+    out = ops.compressed_context_attention(*make_inputs(rows, keys), layout)
+    assert (out[[0, 4, 7, 8]] == 0).all()
+
+
+def test_a_context_computed_once_equals_the_context_repeated():
+    context, branches = 6, [3, 2]
+    query, key, value = make_inputs(11, 11)
+    out = ops.compressed_context_attention(query, key, value, ContextLayout.branches([context], [branches]))
+    start = context
+    for length in branches:
+        rows = [*range(context), *range(start, start + length)]
+        alone = ops.compressed_context_attention(
+            query[rows], key[rows], value[rows], ContextLayout.packed([context + length])
+        )
+        torch.testing.assert_close(alone[context:], out[start : start + length])
+        start += length
+
+
+def test_decode_equals_prefill():
+    lengths = [5, 3]
+    query, key, value = make_inputs(8, 8)
+    prefill = ops.compressed_context_attention(query, key, value, ContextLayout.packed(lengths))
+    cache_key, cache_value = key.new_full((2, 7, 2, 8), torch.nan), value.new_full((2, 7, 2, 8), torch.nan)
+    for row, (start, length) in enumerate(((0, 5), (5, 3))):
+        cache_key[row, :length] = key[start : start + length]
+        cache_value[row, :length] = value[start : start + length]
+    out = ops.compressed_context_attention(
+        query[[4, 7]],
+        cache_key.flatten(0, 1),
+        cache_value.flatten(0, 1),
+        ContextLayout.padded(lengths, 7, q_lengths=1),
+    )
+    torch.testing.assert_close(out, prefill[[4, 7]])
+
+
+def test_nan_stays_in_its_segment():
+    query, key, value = make_inputs(11, 11)
+    key[0] = torch.nan
+    value[1] = torch.inf
+    out = ops.compressed_context_attention(query, key, value, ContextLayout.packed([4, 7]))
+    assert out[4:].isfinite().all()
+    assert out[:4].isnan().any()
+
+
+def test_sharp_scores_do_not_overflow():
+    layout, rows, keys = LAYOUTS["branches"]
+    inputs = [tensor * 30 for tensor in make_inputs(rows, keys, dtype=torch.float32)]
+    assert_within_budget(*pair(layout), inputs, factor=3)
+
+
+def test_autocast_makes_dtypes_agree():
+    layout, rows, keys = LAYOUTS["packed"]
+    query, key, value = make_inputs(rows, keys, dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = ops.compressed_context_attention(query, key, value.bfloat16(), layout)
+    assert out.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"query": torch.zeros(3, 4)}, r"query must have 3 dimensions \[rows, heads, size\], got \[3, 4\]"),
+        ({"key": torch.zeros(3, 2, 8, dtype=torch.float64)}, "key must be floating point like query"),
+        ({"query": torch.zeros(3, 3, 8)}, r"query heads \(3\) must be a multiple of key heads \(2\)"),
+        ({"query": torch.zeros(3, 4, 9)}, r"query head size \(9\) must be that of key \(8\)"),
+        ({"value": torch.zeros(4, 2, 8)}, r"value rows and heads \[4, 2\] must be those of key \[3, 2\]"),
+    ],
+)
+def test_errors(change, message):
+    inputs = {
+        "query": torch.zeros(3, 4, 8),
+        "key": torch.zeros(3, 2, 8),
+        "value": torch.zeros(3, 2, 8),
+    } | change
+    with pytest.raises(ValueError, match=message):
+        ops.compressed_context_attention(**inputs, layout=ContextLayout.packed([3]))
+
+
+def test_layout_errors():
+    inputs = [torch.zeros(3, 1, 2)] * 3
+    layout = ContextLayout(*(tensor.long() for tensor in ContextLayout.packed([3]).tensors()))
+    with pytest.raises(ValueError, match=r"q_start must be int32, got torch.int64"):
+        ops.compressed_context_attention(*inputs, layout)
+    short = ContextLayout.packed([3])
+    with pytest.raises(ValueError, match=r"kv_len must have shape \[S\] like q_start, got \[0\]"):
+        ops.compressed_context_attention(
+            *inputs,
+            ContextLayout(short.q_start, short.q_len, short.kv_start, short.kv_len[:0], short.contexts),
+        )

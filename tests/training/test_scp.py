@@ -93,7 +93,8 @@ def test_it_learns_to_read_the_memory(base, tmp_path):
 def test_accumulated_steps_equal_one_large_batch(base, tmp_path):
     """Losses are averaged over answer tokens of the whole step, however it is cut into batches."""
     uneven = [
-        ScpSample(f"u{i}", f"The {w} is here.", ["a " * (3 * i + 1) + "b"], ["Which?"]) for i, w in enumerate(COLOURS[:4])
+        ScpSample(f"u{i}", f"The {w} is here.", ["a " * (3 * i + 1) + "b"], ["Which?"])
+        for i, w in enumerate(COLOURS[:4])
     ]
     results = []
     for batch, accumulate in ((4, 1), (1, 4)):

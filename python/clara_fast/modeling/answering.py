@@ -156,9 +156,7 @@ def generate(
     return [text.strip() for text in model.tokenizer.batch_decode(sequences, skip_special_tokens=True)]
 
 
-def generate_ids(
-    model: Clara, prompts: Sequence[list[int]], memories: Sequence[Tensor], **options: Any
-) -> Tensor:
+def generate_ids(model: Clara, prompts: Sequence[list[int]], memories: Sequence[Tensor], **options: Any) -> Tensor:
     """The token ids behind :func:`generate`: ``[B, new tokens]``, padded behind the end-of-sequence token."""
     if not prompts:
         return torch.empty(0, 0, dtype=torch.int64)

@@ -132,9 +132,7 @@ def read_adapter(folder: Path) -> dict[str, Tensor]:
     """LoRA matrices from a folder in peft's format."""
     if not (folder / ADAPTER_FILE).is_file():
         raise FileNotFoundError(f"{folder} is not an adapter: it holds no {ADAPTER_FILE}")
-    return {
-        name.removeprefix(PEFT_PREFIX): tensor for name, tensor in read_safetensors(folder / ADAPTER_FILE).items()
-    }
+    return {name.removeprefix(PEFT_PREFIX): tensor for name, tensor in read_safetensors(folder / ADAPTER_FILE).items()}
 
 
 def read_safetensors(file: Path) -> dict[str, Tensor]:

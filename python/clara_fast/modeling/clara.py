@@ -42,9 +42,9 @@ class ClaraOutput:
         indices: ``[B, k]`` int64 candidates that were selected, if there were any.
     """
 
-    lm_loss: Tensor
-    mse_loss: Tensor
-    memory: Tensor
+    lm_loss: Tensor | None = None
+    mse_loss: Tensor | None = None
+    memory: Tensor | None = None
     query: Tensor | None = None
     scores: Tensor | None = None
     indices: Tensor | None = None
@@ -346,8 +346,8 @@ class Clara(nn.Module):
 
     def forward(
         self,
-        documents: PackedDocuments,
-        prompts: PackedPrompts,
+        documents: PackedDocuments | None = None,
+        prompts: PackedPrompts | None = None,
         queries: PackedDocuments | None = None,
         candidates: Tensor | None = None,
         *,
@@ -356,36 +356,40 @@ class Clara(nn.Module):
         temperature: float = 0.02,
         taken_logit: float = -math.inf,
     ) -> ClaraOutput:
-        """Losses of a batch (paper equations of SCP and joint training).
+        """Losses of a batch: whatever can be had from what is given.
 
         Without ``queries`` the memories of ``documents`` fill the prompts' slots in order (stages 1 and 1_2).
         With them, each question picks ``top_k`` of its ``candidates`` (``[B, N]`` int64 rows of ``documents``, -1 for
-        none) by the straight-through top-k, and their memories fill its prompt (stage 2).
+        none) by the straight-through top-k, and their memories fill its prompt (stage 2, paper section 3.2).
+        ``queries`` alone give their memories, with a graph.
 
         Args:
             num_items: answer tokens of the whole optimizer step, if the batch is only a part of it.
             temperature: of the straight-through softmax.
             taken_logit: see :func:`clara_fast.ops.select_memory`.
         """
-        documents, prompts = documents.to(self.device), prompts.to(self.device)
-        memory, mse = self.encode(documents, "compressor")
-        output = ClaraOutput(lm_loss=mse.new_zeros(()), mse_loss=mse.mean(), memory=memory)
-        filling = memory
-        if queries is not None and candidates is not None:
+        output = ClaraOutput()
+        if queries is not None:
             output.query, _ = self.encode(queries.to(self.device), self.query_role)
-            candidates = candidates.to(self.device)
-            valid = candidates >= 0
-            options = memory[candidates.clamp_min(0)]
+        if documents is None:
+            return output
+        output.memory, mse = self.encode(documents.to(self.device), "compressor")
+        output.mse_loss = mse.mean()
+        filling = output.memory
+        if output.query is not None and candidates is not None:
+            rows = candidates.to(self.device)
+            options = output.memory[rows.clamp_min(0)]
             filling, output.indices, output.scores = ops.select_memory(
                 output.query.flatten(1),
                 options.flatten(2),
                 options,
                 top_k or self.config.top_k,
                 temperature=temperature,
-                valid=valid,
+                valid=rows >= 0,
                 taken_logit=taken_logit,
             )
-        output.lm_loss = self.answer_loss(prompts, filling.flatten(0, -2), num_items)
+        if prompts is not None:
+            output.lm_loss = self.answer_loss(prompts.to(self.device), filling.flatten(0, -2), num_items)
         return output
 
     def answer_loss(

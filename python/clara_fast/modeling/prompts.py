@@ -98,9 +98,7 @@ class Prompts:
             messages = [{"role": "user", "content": f"{system}\n{user}"}]
         if reply is not None:
             messages.append({"role": "assistant", "content": reply})
-        return str(
-            self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=reply is None)
-        )
+        return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=reply is None))
 
     def _answer(self, question: str, memory: str) -> Turn:
         part = self.strings["answer"]

@@ -56,7 +56,7 @@ def add_role(lm: nn.Module, role: Role, settings: LoraSettings) -> None:
 
 
 def role_parameters(lm: nn.Module, role: str) -> dict[str, nn.Parameter]:
-    """The adapter's parameters by name, without the adapter's name: ``model.layers.0.self_attn.q_proj.lora_A.weight``."""
+    """Parameters by name without the adapter's: ``model.layers.0.self_attn.q_proj.lora_A.weight``."""
     found = {}
     for name, parameter in lm.named_parameters():
         for matrix in ("lora_A", "lora_B"):

@@ -62,4 +62,3 @@ def answer_losses(
 def format_losses(losses: dict[str, float]) -> str:
     """One line for a log."""
     return ", ".join(f"{name.replace('_', ' ')} {losses[name]:.3f}" for name in CONTROLS)
-

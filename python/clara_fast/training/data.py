@@ -32,7 +32,7 @@ def read_scp(paths: str | Path | Sequence[str | Path], *, limit: int | None = No
     files = [paths] if isinstance(paths, str | Path) else paths
     samples: list[ScpSample] = []
     for file in files:
-        for place, row in _rows(Path(file)):
+        for place, row in read_rows(Path(file)):
             samples.append(_sample(row, place))
             if limit is not None and len(samples) == limit:
                 return samples
@@ -41,7 +41,8 @@ def read_scp(paths: str | Path | Sequence[str | Path], *, limit: int | None = No
     return samples
 
 
-def _rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def read_rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The objects of a ``.jsonl`` or ``.jsonl.gz`` file, each with its place for error messages."""
     if not file.is_file():
         raise FileNotFoundError(f"training data {file} does not exist")
     with gzip.open(file, "rt", encoding="utf-8") if file.suffix == ".gz" else file.open(encoding="utf-8") as lines:
@@ -58,10 +59,10 @@ def _rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def _sample(row: dict[str, Any], place: str) -> ScpSample:
     documents, answers = row.get("docs"), row.get("answers")
-    if not isinstance(documents, list) or len(documents) != 1 or not _is_text(documents[0]):
+    if not isinstance(documents, list) or len(documents) != 1 or not is_text(documents[0]):
         raise ValueError(f"{place}: docs must hold exactly one passage with text")
     answers = [answers] if isinstance(answers, str) else answers
-    if not isinstance(answers, list) or not answers or not all(_is_text(a) for a in answers):
+    if not isinstance(answers, list) or not answers or not all(is_text(a) for a in answers):
         raise ValueError(f"{place}: answers must hold at least one answer, and none may be empty")
     kind = row.get("data_type", "qa")
     questions = row.get("question", [])
@@ -71,10 +72,13 @@ def _sample(row: dict[str, Any], place: str) -> ScpSample:
         raise ValueError(f"{place}: data_type ({kind!r}) must be 'qa' or 'paraphrase'")
     else:
         questions = [questions] if isinstance(questions, str) else questions
-        if len(questions) != len(answers) or not all(_is_text(q) for q in questions):
-            raise ValueError(f"{place}: {len(questions)} questions and {len(answers)} answers must be as many, with text")
+        if len(questions) != len(answers) or not all(is_text(q) for q in questions):
+            raise ValueError(
+                f"{place}: {len(questions)} questions and {len(answers)} answers must be as many, with text"
+            )
     return ScpSample(str(row.get("id", place)), documents[0], answers, questions)
 
 
-def _is_text(value: object) -> bool:
+def is_text(value: object) -> bool:
+    """Whether ``value`` is a string with more than white space."""
     return isinstance(value, str) and bool(value.strip())

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import Trainer, TrainingArguments
-from transformers.trainer import TRAINING_ARGS_NAME
+from transformers import TrainingArguments
 
 from clara_fast.modeling import Clara
 from clara_fast.training.collation import ScpCollator
 from clara_fast.training.controls import answer_losses, format_losses
 from clara_fast.training.data import ScpSample
+from clara_fast.training.trainer import ClaraTrainer
 
 
 @dataclass
@@ -38,14 +37,16 @@ class ScpTrainingArguments(TrainingArguments):
     )
     questions: str = field(
         default="branches",
-        metadata={"help": "'branches' asks each question by itself, 'sequence' all in one reply (the reference's way)."},
+        metadata={
+            "help": "'branches' asks each question by itself, 'sequence' all in one reply (the reference's way)."
+        },
     )
     reconstruction: float = field(
         default=0.0, metadata={"help": "Probability that a passage is written out instead of asked about."}
     )
 
 
-class ScpTrainer(Trainer):
+class ScpTrainer(ClaraTrainer):
     """Trains compressor, generator and memory tokens on ``CE + mse_weight * MSE``.
 
     Args:
@@ -65,9 +66,7 @@ class ScpTrainer(Trainer):
     ) -> None:
         connector = ["connector"] if model.connector is not None else []
         model.train_only("compressor", "generator", "memory_tokens", *connector)
-        collator = ScpCollator(
-            model, questions=args.questions, reconstruction=args.reconstruction, seed=args.seed
-        )
+        collator = ScpCollator(model, questions=args.questions, reconstruction=args.reconstruction, seed=args.seed)
         super().__init__(
             model=model,
             args=args,
@@ -125,21 +124,4 @@ class ScpTrainer(Trainer):
         metrics[f"{metric_key_prefix}_loss"] = losses["memory"]
         if self.is_world_process_zero():
             print(f"step {self.state.global_step}: answer loss with {format_losses(losses)}", flush=True)
-        self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return metrics
-
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        """Only what trains is saved, in full precision: a resumed run goes on with the same numbers."""
-        folder = Path(output_dir or self.args.output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        self.model.save_pretrained(folder, adapter_dtype=torch.float32)
-        torch.save(self.args, folder / TRAINING_ARGS_NAME)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        from clara_fast.modeling.checkpoint import load_weights
-
-        load_weights(self.model, Path(resume_from_checkpoint))
-
-    def _load_best_model(self) -> None:
-        self._load_from_checkpoint(self.state.best_model_checkpoint)
+        return self.report(metrics)

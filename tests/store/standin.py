@@ -21,13 +21,11 @@ class StandIn:
         self.fingerprint = f"stand-in-{name}"
         self.compressed = 0
 
-    def compress(self, documents, *, max_tokens=8192, progress=None):
+    def compress(self, documents, *, max_tokens=8192):
         long = sum(n > self.config.doc_max_length for n in self.count_tokens(documents))
         if long:
             warnings.warn(f"{long} texts were cut to doc_max_length", stacklevel=2)
         self.compressed += len(documents)
-        if progress is not None:
-            progress(len(documents))
         return torch.stack([self._memory(text) for text in documents])
 
     def encode_queries(self, questions):

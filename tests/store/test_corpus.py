@@ -61,8 +61,8 @@ def test_the_last_line_needs_no_line_break(tmp_path):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        (b'{"text": "x"', "line 2 is not JSON: "),
-        (b'\xff{"text": "x"}', "line 2 is not JSON: "),
+        (b'{"text": "x"', "line 2 is not JSON .column"),
+        (b'\xff{"text": "x"}', "line 2 is not UTF-8 text"),
         (b"[1]", "line 2 must be a JSON object, not list"),
         (
             b'{"body": "x", "id": "b"}',

@@ -18,6 +18,7 @@ from clara_fast.store.errors import (
     StoreError,
     StoreLockedError,
     StoreMismatchError,
+    StoreNotFoundError,
 )
 from clara_fast.store.ingest import IngestReport, compress_corpus
 from clara_fast.store.memory_store import MemoryStore
@@ -34,6 +35,7 @@ __all__ = [
     "StoreError",
     "StoreLockedError",
     "StoreMismatchError",
+    "StoreNotFoundError",
     "compress_corpus",
     "document_text",
 ]

@@ -141,8 +141,10 @@ def _read_json_lines(path: Path, fields: _Fields) -> Iterator[Record]:
                 continue
             try:
                 values = json.loads(line)
-            except ValueError as error:
-                raise CorpusError(f"{where} is not JSON: {error}") from None
+            except json.JSONDecodeError as error:
+                raise CorpusError(f"{where} is not JSON (column {error.colno}: {error.msg})") from None
+            except UnicodeDecodeError:
+                raise CorpusError(f"{where} is not UTF-8 text") from None
             if not isinstance(values, dict):
                 raise CorpusError(f"{where} must be a JSON object, not {type(values).__name__}")
             yield fields.record(values, str(number), where)

@@ -9,6 +9,10 @@ class StoreError(RuntimeError):
     """A store cannot be opened, read or written."""
 
 
+class StoreNotFoundError(StoreError, FileNotFoundError):
+    """There is no store at the path."""
+
+
 class StoreLockedError(StoreError):
     """Another writer holds the store."""
 

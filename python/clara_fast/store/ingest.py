@@ -17,16 +17,11 @@ from clara_fast.store.documents import document_text
 from clara_fast.store.errors import CorpusError
 from clara_fast.store.memory_store import MemoryStore, Writer
 
-# Batches handed to the model at once: with more documents to choose from, each batch is filled better.
-_BATCHES_PER_GROUP = 4
-
 
 class Compressor(Writer, Protocol):
     """What :func:`compress_corpus` asks of a model (a :class:`clara_fast.Clara`)."""
 
-    def compress(
-        self, documents: Sequence[str], *, max_tokens: int, progress: Callable[[int], None] | None
-    ) -> Tensor: ...
+    def compress(self, documents: Sequence[str], *, max_tokens: int) -> Tensor: ...
 
     def count_tokens(self, documents: Sequence[str]) -> list[int]: ...
 
@@ -78,14 +73,15 @@ def compress_corpus(
     tell = progress or (lambda _: None)
     shard = _PendingShard(store)
     limit = model.config.doc_max_length
-    for group in _groups(_news(store, records, report, tell), model, batch_tokens * _BATCHES_PER_GROUP):
-        texts = [document_text(record.title, record.text) for record, _ in group]
+    for batch in _batches(_news(store, records, report, tell), model, batch_tokens):
+        texts = [document_text(record.title, record.text) for record, _ in batch]
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*doc_max_length")  # counted here, over all groups
-            memory = model.compress(texts, max_tokens=batch_tokens, progress=tell)
-        report.truncated += sum(tokens > limit for _, tokens in group)
-        report.added += len(group)
-        shard.extend([record for record, _ in group], memory)
+            warnings.filterwarnings("ignore", message=".*doc_max_length")  # counted here, over all batches
+            memory = model.compress(texts, max_tokens=batch_tokens)
+        report.truncated += sum(tokens > limit for _, tokens in batch)
+        report.added += len(batch)
+        tell(len(batch))
+        shard.extend([record for record, _ in batch], memory)
         while len(shard.records) >= shard_documents:
             shard.write(shard_documents)
         if time.monotonic() - shard.started >= shard_seconds:
@@ -124,23 +120,24 @@ def _news(
         yield from (record for record in chunk if record.id not in before)
 
 
-def _groups(
+def _batches(
     records: Iterator[Record], model: Compressor, max_tokens: int
 ) -> Iterator[list[tuple[Record, int]]]:
-    """Records with their token counts, in runs of about ``max_tokens`` tokens."""
+    """Records with their token counts, in batches of at most ``max_tokens`` tokens with memory tokens."""
     extra = model.config.num_memory + 3
-    group: list[tuple[Record, int]] = []
+    batch: list[tuple[Record, int]] = []
     total = 0
     for chunk in _chunks(records, 64):
         counts = model.count_tokens([document_text(record.title, record.text) for record in chunk])
         for record, tokens in zip(chunk, counts, strict=True):
-            group.append((record, tokens))
-            total += min(tokens, model.config.doc_max_length) + extra
-            if total >= max_tokens:
-                yield group
-                group, total = [], 0
-    if group:
-        yield group
+            length = min(tokens, model.config.doc_max_length) + extra
+            if batch and total + length > max_tokens:
+                yield batch
+                batch, total = [], 0
+            batch.append((record, tokens))
+            total += length
+    if batch:
+        yield batch
 
 
 def _chunks(records: Iterable[Record], size: int) -> Iterator[list[Record]]:

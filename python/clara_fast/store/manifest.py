@@ -16,11 +16,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from clara_fast.store.errors import StoreDamagedError, StoreError
+from clara_fast.store.errors import StoreDamagedError, StoreError, StoreNotFoundError
 from clara_fast.store.files import FileFacts, Staged, sync_folder
 
 MANIFEST_FILE = "manifest.json"
@@ -51,11 +51,13 @@ class ShardEntry:
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """The model that wrote a store: ``fingerprint`` decides, the rest helps a user to load it again."""
+    """The model that wrote a store: ``fingerprint`` is its identity, ``loaded_from`` how to load it again.
+
+    ``loaded_from`` holds keyword arguments of ``Clara.from_pretrained``, or nothing.
+    """
 
     fingerprint: str
-    source: str | None = None
-    base_model: str | None = None
+    loaded_from: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -94,14 +96,15 @@ class Manifest:
         """Read and check ``folder/manifest.json``.
 
         Raises:
-            StoreError: there is none, or a newer version wrote it.
+            StoreNotFoundError: there is none.
+            StoreError: a newer version wrote it.
             StoreDamagedError: it is not what this module writes.
         """
         file = folder / MANIFEST_FILE
         try:
             content = json.loads(file.read_bytes())
         except (FileNotFoundError, NotADirectoryError):
-            raise StoreError(f"{folder} is not a memory store: it holds no {MANIFEST_FILE}") from None
+            raise StoreNotFoundError(f"{folder} is not a memory store: it holds no {MANIFEST_FILE}") from None
         except OSError as error:
             raise StoreError(f"cannot read {file}: {error.strerror}") from None
         except ValueError as error:

@@ -28,7 +28,9 @@ class Writer(Protocol):
     """What a store asks of the model that writes it (a :class:`clara_fast.Clara`)."""
 
     config: Any
-    fingerprint: str
+
+    @property
+    def fingerprint(self) -> str: ...
 
 
 class MemoryStore:
@@ -53,8 +55,7 @@ class MemoryStore:
         model: Writer,
         *,
         dtype: str = "bfloat16",
-        source: str | None = None,
-        base_model: str | None = None,
+        loaded_from: Mapping[str, str] | None = None,
     ) -> Self:
         """Make an empty store in a new or empty folder, and hold its writer's lock.
 
@@ -62,8 +63,7 @@ class MemoryStore:
             path: the folder.
             model: gives the fingerprint and the geometry.
             dtype: of the stored memories: ``"bfloat16"``, ``"float16"`` or ``"float32"``.
-            source: folder or hub name that ``model`` was loaded from, for commands that load it again.
-            base_model: the base it was loaded on, where that is not the one its configuration names.
+            loaded_from: arguments of ``Clara.from_pretrained`` that load ``model`` again, for commands.
 
         Raises:
             FileExistsError: ``path`` already holds a store or other files.
@@ -75,7 +75,7 @@ class MemoryStore:
             raise ValueError(f"dtype ({dtype!r}) must be one of {', '.join(map(repr, DTYPES))}")
         path = Path(path)
         manifest = Manifest(
-            model=ModelFacts(model.fingerprint, source, base_model),
+            model=ModelFacts(model.fingerprint, dict(loaded_from or {})),
             num_memory=model.config.num_memory,
             hidden_size=model.config.hidden_size,
             dtype=dtype,
@@ -107,7 +107,8 @@ class MemoryStore:
             model: if given, it must be the one that wrote the store.
 
         Raises:
-            StoreError: there is no store, or a newer version wrote it.
+            StoreNotFoundError: there is no store.
+            StoreError: a newer version wrote it.
             StoreDamagedError: its manifest is damaged.
             StoreMismatchError: another model wrote it.
         """
@@ -117,14 +118,25 @@ class MemoryStore:
             store.check_model(model)
         return store
 
+    @classmethod
+    def open_or_create(cls, path: str | os.PathLike[str], model: Writer, **options: Any) -> Self:
+        """:meth:`open` the store at ``path`` if there is one, else :meth:`create` it with ``options``."""
+        return cls.open(path, model) if cls.exists(path) else cls.create(path, model, **options)
+
+    @staticmethod
+    def exists(path: str | os.PathLike[str]) -> bool:
+        """Whether ``path`` holds a store."""
+        return (Path(path) / MANIFEST_FILE).is_file()
+
     def check_model(self, model: Writer) -> None:
         """Raise :class:`StoreMismatchError` unless ``model`` is the one that wrote the store."""
         facts = self._manifest.model
         if model.fingerprint != facts.fingerprint:
+            where = f", {facts.loaded_from['name_or_path']}" if "name_or_path" in facts.loaded_from else ""
             raise StoreMismatchError(
-                f"{self.path} was written by another model (fingerprint {facts.fingerprint}"
-                f"{f', loaded from {facts.source}' if facts.source else ''}), not by this one "
-                f"({model.fingerprint}): use that model, or compress the corpus again into a new store"
+                f"{self.path} was written by another model (fingerprint {facts.fingerprint}{where}), "
+                f"not by this one ({model.fingerprint}): "
+                "use that model, or compress the corpus again into a new store"
             )
 
     def __len__(self) -> int:

@@ -1,0 +1,70 @@
+"""``clara-fast search``."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from clara_fast.cli.models import (
+    BaseModelOption,
+    DeviceOption,
+    DtypeOption,
+    JsonOption,
+    ModelChoice,
+    ModelOption,
+    SubfolderOption,
+)
+from clara_fast.cli.output import print_hit, print_json, seconds
+
+DEFAULT_K = 5
+
+
+def search(
+    path: Annotated[Path, typer.Argument(metavar="STORE", help="Folder of a store.")],
+    queries: Annotated[list[str], typer.Argument(metavar="QUERY...", help="One question or more.")],
+    k: Annotated[
+        int | None,
+        typer.Option(
+            "-k", help=f"Documents for each query.  [default: {DEFAULT_K}, or all if there are fewer]"
+        ),
+    ] = None,
+    model: ModelOption = None,
+    subfolder: SubfolderOption = None,
+    base_model: BaseModelOption = None,
+    device: DeviceOption = None,
+    dtype: DtypeOption = "auto",
+    json: JsonOption = False,
+) -> None:
+    """Find the documents of a store nearest to each query, by the cosine of their memories."""
+    from clara_fast.store import MemoryStore
+
+    if not all(query.strip() for query in queries):
+        raise ValueError("a query is empty")
+    store = MemoryStore.open(path)
+    clara, load_seconds = ModelChoice.of(model, subfolder, base_model, device, dtype).or_of(store).load()
+    store.check_model(clara)
+    k = min(DEFAULT_K, len(store)) if k is None else k
+    started = time.perf_counter()
+    memories = clara.encode_queries(queries)
+    encoded = time.perf_counter()
+    found = store.search(memories, k)
+    timings = {"load": load_seconds, "query": encoded - started, "search": time.perf_counter() - encoded}
+    if json:
+        results = [
+            {"query": q, "hits": [asdict(hit) for hit in hits]}
+            for q, hits in zip(queries, found, strict=True)
+        ]
+        print_json(
+            {"store": str(path), "documents": len(store), "k": k, "results": results, "timings": timings}
+        )
+        return
+    for query, hits in zip(queries, found, strict=True):
+        print(query)
+        for rank, hit in enumerate(hits, start=1):
+            print_hit(rank, hit)
+        print()
+    print(f"{len(store)} documents; {seconds(timings)}")

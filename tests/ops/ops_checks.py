@@ -17,9 +17,7 @@ def values_and_grads(function: Callable, inputs: list[Tensor]) -> list[Tensor]:
     """
     leaves = [tensor.detach().clone().requires_grad_() for tensor in inputs]
     outputs = function(*leaves)
-    outputs = [
-        out for out in (outputs if isinstance(outputs, tuple) else (outputs,)) if out.is_floating_point()
-    ]
+    outputs = [out for out in (outputs if isinstance(outputs, tuple) else (outputs,)) if out.is_floating_point()]
     generator = torch.Generator().manual_seed(1)
     upstream = [torch.randint(-8, 9, out.shape, generator=generator).to(out.dtype) / 8 for out in outputs]
     joined = [(out, grad) for out, grad in zip(outputs, upstream, strict=True) if out.requires_grad]
@@ -65,12 +63,8 @@ def assert_within_budget(
         assert error(ours, true) <= budget, f"tensor {position}: {error(ours, true):.3g} > {budget:.3g}"
 
 
-def assert_same(
-    operator: Callable, reference: Callable, inputs: list[Tensor], tolerance: float = 1e-9
-) -> None:
+def assert_same(operator: Callable, reference: Callable, inputs: list[Tensor], tolerance: float = 1e-9) -> None:
     """Equal to float64 rounding, values and gradients."""
-    for ours, theirs in zip(
-        values_and_grads(operator, inputs), values_and_grads(reference, inputs), strict=True
-    ):
+    for ours, theirs in zip(values_and_grads(operator, inputs), values_and_grads(reference, inputs), strict=True):
         assert ours.dtype == theirs.dtype
         torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)

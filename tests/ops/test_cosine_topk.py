@@ -68,11 +68,7 @@ def test_error_budget(dtype):
 def test_quantised_keys(dtype, query_dtype):
     values = torch.randn(50, 33)
     scales = values.abs().amax(1) / (127 if dtype == torch.int8 else 448)
-    keys = (
-        (values / scales[:, None]).round().to(dtype)
-        if dtype == torch.int8
-        else (values / scales[:, None]).to(dtype)
-    )
+    keys = (values / scales[:, None]).round().to(dtype) if dtype == torch.int8 else (values / scales[:, None]).to(dtype)
     queries = torch.randn(4, 33, dtype=query_dtype, requires_grad=True)
     scores, indices = ops.cosine_topk(queries, keys, 6, key_scales=scales)
     assert_valid_topk(queries.detach(), keys, scores.detach(), indices, 6, scales)
@@ -97,9 +93,7 @@ def test_ties_go_to_the_lower_index(dtype):
     keys = torch.cat([-row, row, row, row.neg(), row, torch.zeros(2, 8)]).to(dtype)
     scores, indices = ops.cosine_topk(torch.cat([row, -row]).to(dtype), keys, 7)
     assert indices.tolist() == [[1, 2, 4, 5, 6, 0, 3], [0, 3, 5, 6, 1, 2, 4]]
-    torch.testing.assert_close(
-        scores[0], torch.tensor([1, 1, 1, 0, 0, -1, -1]).to(scores.dtype), atol=1e-6, rtol=0
-    )
+    torch.testing.assert_close(scores[0], torch.tensor([1, 1, 1, 0, 0, -1, -1]).to(scores.dtype), atol=1e-6, rtol=0)
     torch.testing.assert_close(scores[0, :3], scores[0, :1].expand(3), atol=0, rtol=0)
 
 

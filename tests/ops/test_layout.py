@@ -6,9 +6,7 @@ from clara_fast.ops.reference import attention_mask
 
 
 def mask_rows(layout: ContextLayout, rows: int, keys: int) -> list[str]:
-    return [
-        "".join("x" if seen else "." for seen in row) for row in attention_mask(layout, rows, keys).tolist()
-    ]
+    return ["".join("x" if seen else "." for seen in row) for row in attention_mask(layout, rows, keys).tolist()]
 
 
 def as_lists(layout: ContextLayout) -> list[list]:
@@ -84,3 +82,13 @@ def test_constructors_refuse_lists_of_different_length():
         ContextLayout.branches([1, 2], [[1]])
     with pytest.raises(ValueError, match="exactly one"):
         ContextLayout.packed()
+
+
+def test_shapes_and_dtypes_are_checked_when_made():
+    layout = ContextLayout.packed([3])
+    with pytest.raises(ValueError, match=r"q_start must be int32, got torch.int64"):
+        ContextLayout(*(tensor.long() for tensor in layout.tensors()))
+    with pytest.raises(ValueError, match=r"kv_len must have shape \[S\] like q_start, got \[0\]"):
+        ContextLayout(layout.q_start, layout.q_len, layout.kv_start, layout.kv_len[:0], layout.contexts)
+    with pytest.raises(ValueError, match=r"contexts must have shape \[S, C\] with S = 1, got \[1\]"):
+        ContextLayout(*layout.tensors()[:4], layout.q_start)

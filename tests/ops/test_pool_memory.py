@@ -113,9 +113,7 @@ def test_partial_requires_grad():
         leaves[wanted].requires_grad_()
         memory, mse = function(*leaves)
         generator = torch.Generator().manual_seed(1)
-        upstream = [
-            torch.randint(-8, 9, out.shape, generator=generator).to(out.dtype) / 8 for out in (memory, mse)
-        ]
+        upstream = [torch.randint(-8, 9, out.shape, generator=generator).to(out.dtype) / 8 for out in (memory, mse)]
         (grad,) = torch.autograd.grad([memory, mse], leaves[wanted], upstream)
         torch.testing.assert_close(grad, full[2 + wanted])
 

@@ -27,9 +27,7 @@ def samples(dtype):
     ours = torch.ops.clara_fast
     with torch.no_grad():
         scores, indices = ours.cosine_topk(rand(2, 6), rand(5, 6), 3, None)
-        _, selected, cosines = ours.select_memory(
-            rand(2, 6), rand(2, 5, 6), rand(2, 5, 2, 3), 3, 0.5, -math.inf, None
-        )
+        _, selected, cosines = ours.select_memory(rand(2, 6), rand(2, 5, 6), rand(2, 5, 2, 3), 3, 0.5, -math.inf, None)
         out, lse = ours.compressed_context_attention(
             rand(15, 4, 8), rand(15, 2, 8), rand(15, 2, 8), *LAYOUT.tensors(), 0.3
         )

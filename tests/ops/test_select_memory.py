@@ -23,9 +23,7 @@ def make_inputs(batch=3, count=7, size=6, memory=(2, 4), dtype=torch.float64):
 
 
 def pair(k, **options):
-    return tuple(
-        lambda *inputs, f=f: f(*inputs, k, **options) for f in (ops.select_memory, reference.select_memory)
-    )
+    return tuple(lambda *inputs, f=f: f(*inputs, k, **options) for f in (ops.select_memory, reference.select_memory))
 
 
 VALID = {
@@ -77,9 +75,7 @@ def test_error_budget(dtype, taken_logit):
 @given(
     st.integers(0, 3),
     st.integers(0, 9),
-    st.sampled_from(
-        [2, 5, 33]
-    ),  # in one dimension every cosine is 1 or -1 but for rounding, which would rank them
+    st.sampled_from([2, 5, 33]),  # in one dimension every cosine is 1 or -1 but for rounding, which would rank them
     st.integers(0, 6),
     st.sampled_from([(1, 1), (3, 5)]),
     st.booleans(),
@@ -110,9 +106,7 @@ def test_gradcheck_of_scores(valid):
     mask = None if VALID[valid] is None else torch.tensor(VALID[valid], dtype=torch.bool)
     inputs = [tensor.requires_grad_() for tensor in make_inputs()[:2]]
     memory = make_inputs()[2]
-    assert torch.autograd.gradcheck(
-        lambda q, keys: ops.select_memory(q, keys, memory, 2, valid=mask)[2], inputs
-    )
+    assert torch.autograd.gradcheck(lambda q, keys: ops.select_memory(q, keys, memory, 2, valid=mask)[2], inputs)
 
 
 def test_gradcheck_of_memory():
@@ -130,9 +124,7 @@ def test_leak_of_the_reference_implementation():
     for taken_logit in (LEAK, -math.inf):
         captured = []
         for document in range(3):
-            selected, indices, _ = ops.select_memory(
-                query, keys.requires_grad_(), memory, 2, taken_logit=taken_logit
-            )
+            selected, indices, _ = ops.select_memory(query, keys.requires_grad_(), memory, 2, taken_logit=taken_logit)
             (grad,) = torch.autograd.grad(selected[0, 1, 0, document], keys)
             captured.append(grad.abs().sum().item())
         assert indices.tolist() == [[0, 1]]
@@ -195,9 +187,7 @@ def test_what_is_invalid_does_not_matter(dtype):
     dirty[1][~valid] = torch.nan
     dirty[2][~valid] = torch.inf
     function = pair(3, valid=valid)[0]
-    for ours, theirs in zip(
-        values_and_grads(function, dirty), values_and_grads(function, clean), strict=True
-    ):
+    for ours, theirs in zip(values_and_grads(function, dirty), values_and_grads(function, clean), strict=True):
         torch.testing.assert_close(ours, theirs)
 
 

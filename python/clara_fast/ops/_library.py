@@ -16,8 +16,7 @@ import torch
 
 NATIVE_SCHEMAS = {
     "pool_memory_forward": (
-        "(Tensor hidden, Tensor offsets, int num_memory, Tensor? norm_weight, float norm_eps) "
-        "-> (Tensor, Tensor)"
+        "(Tensor hidden, Tensor offsets, int num_memory, Tensor? norm_weight, float norm_eps) -> (Tensor, Tensor)"
     ),
     "pool_memory_backward": (
         "(Tensor grad_memory, Tensor grad_mse, Tensor hidden, Tensor offsets, int num_memory, "
@@ -55,9 +54,7 @@ def define(
     library.impl(name, implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"clara_fast::{name}", fake, lib=library)
     if backward is not None:
-        torch.library.register_autograd(
-            f"clara_fast::{name}", backward, setup_context=setup_context, lib=library
-        )
+        torch.library.register_autograd(f"clara_fast::{name}", backward, setup_context=setup_context, lib=library)
     return getattr(torch.ops.clara_fast, name).default
 
 

@@ -69,9 +69,7 @@ def _forward_plain(queries: Tensor, keys: Tensor, k: int, key_scales: Tensor | N
         block = torch.nn.functional.pad(unit_rows(block), (0, 0, 0, -rows % _PANEL_ROWS))
         scores = torch.cat((best, (unit @ block.T)[:, :rows]), 1)
         places = torch.arange(start, start + rows, device=keys.device).expand(batch, -1)
-        best, best_indices = descending_topk(
-            scores, torch.cat((best_indices, places), 1), min(k, scores.shape[1])
-        )
+        best, best_indices = descending_topk(scores, torch.cat((best_indices, places), 1), min(k, scores.shape[1]))
     return best, best_indices
 
 
@@ -90,9 +88,7 @@ def _backward(
     q_unit, k_unit = wide * q_inverse.unsqueeze(-1), chosen * k_inverse.unsqueeze(-1)
     scores = torch.einsum("br,bkr->bk", q_unit, k_unit)
     grad_queries = torch.einsum("bk,bkr->br", grad_scores, k_unit)
-    grad_queries = (
-        grad_queries - (grad_scores * scores).sum(1, keepdim=True) * q_unit
-    ) * q_inverse.unsqueeze(-1)
+    grad_queries = (grad_queries - (grad_scores * scores).sum(1, keepdim=True) * q_unit) * q_inverse.unsqueeze(-1)
     if keys.dtype in _QUANTISED:
         return grad_queries.to(queries.dtype), queries.new_empty(0)
     grad_chosen = q_unit.unsqueeze(1) - scores.unsqueeze(-1) * k_unit
@@ -163,9 +159,7 @@ def _check(queries: Tensor, keys: Tensor, k: int, key_scales: Tensor | None) -> 
         raise ValueError(f"k ({k}) must be at most the number of keys ({keys.shape[0]})")
 
 
-def cosine_topk(
-    queries: Tensor, keys: Tensor, k: int, *, key_scales: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+def cosine_topk(queries: Tensor, keys: Tensor, k: int, *, key_scales: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The k keys of highest cosine with each query.
 
     Equivalent to ``(normalize(queries) @ normalize(keys).T).topk(k)`` in float32, without the ``[B, N]``

@@ -29,6 +29,9 @@ class ContextLayout:
         contexts: int32 ``[S, C]``, indices of segments, -1 where there is none. A context is read through its
             key rows only: it may come later in the batch, and its own contexts are not inherited. The key
             rows that one segment reads, its own and its contexts', must not overlap.
+
+    Raises:
+        ValueError: on a shape or dtype that does not fit. Values are left to :meth:`validate`.
     """
 
     q_start: Tensor
@@ -36,6 +39,16 @@ class ContextLayout:
     kv_start: Tensor
     kv_len: Tensor
     contexts: Tensor
+
+    def __post_init__(self) -> None:
+        segments = self.q_start.shape[0] if self.q_start.dim() == 1 else -1
+        for name, tensor in zip(self.__dataclass_fields__, self.tensors(), strict=True):
+            if tensor.dtype != torch.int32:
+                raise ValueError(f"{name} must be int32, got {tensor.dtype}")
+            if name != "contexts" and (tensor.dim() != 1 or tensor.shape[0] != segments):
+                raise ValueError(f"{name} must have shape [S] like q_start, got {list(tensor.shape)}")
+        if self.contexts.dim() != 2 or self.contexts.shape[0] != segments:
+            raise ValueError(f"contexts must have shape [S, C] with S = {segments}, got {list(self.contexts.shape)}")
 
     @property
     def num_segments(self) -> int:
@@ -65,9 +78,7 @@ class ContextLayout:
         """From Python lists; ``contexts`` may be ragged."""
         width = max((len(row) for row in contexts), default=0)
         padded = [list(row) + [-1] * (width - len(row)) for row in contexts]
-        rows = [
-            torch.tensor(list(values), dtype=torch.int32) for values in (q_start, q_len, kv_start, kv_len)
-        ]
+        rows = [torch.tensor(list(values), dtype=torch.int32) for values in (q_start, q_len, kv_start, kv_len)]
         layout = cls(*rows, torch.tensor(padded, dtype=torch.int32).reshape(len(padded), width))
         return layout if device is None else layout.to(device)
 
@@ -179,10 +190,9 @@ class ContextLayout:
         """Checks the values (copies them to the host if they are not there) and returns the layout itself.
 
         Raises:
-            ValueError: a wrong shape or dtype, a negative length, a range outside the rows, overlapping query
-                ranges or a context that is no segment.
+            ValueError: a negative length, a range outside the rows, overlapping query ranges or a context
+                that is no segment.
         """
-        check_layout_shapes(*self.tensors())
         q_start, q_len, kv_start, kv_len = (tensor.tolist() for tensor in self.tensors()[:4])
         segments = self.num_segments
         for name, starts, lengths, rows in (
@@ -192,8 +202,7 @@ class ContextLayout:
             for segment, (start, length) in enumerate(zip(starts, lengths)):
                 if start < 0 or length < 0:
                     raise ValueError(
-                        f"{name}_start ({start}) and {name}_len ({length}) of segment {segment} must not "
-                        "be negative"
+                        f"{name}_start ({start}) and {name}_len ({length}) of segment {segment} must not be negative"
                     )
                 if rows is not None and start + length > rows:
                     raise ValueError(
@@ -203,9 +212,7 @@ class ContextLayout:
         ranges = sorted((start, start + length) for start, length in zip(q_start, q_len) if length)
         for (_, end), (start, _) in pairwise(ranges):
             if start < end:
-                raise ValueError(
-                    f"query ranges must not overlap: one starts at {start} before another ends at {end}"
-                )
+                raise ValueError(f"query ranges must not overlap: one starts at {start} before another ends at {end}")
         for segment, row in enumerate(self.contexts.tolist()):
             for context in row:
                 if not -1 <= context < segments:
@@ -213,17 +220,3 @@ class ContextLayout:
                         f"contexts ({context}) of segment {segment} must be -1 or a segment below {segments}"
                     )
         return self
-
-
-def check_layout_shapes(
-    q_start: Tensor, q_len: Tensor, kv_start: Tensor, kv_len: Tensor, contexts: Tensor
-) -> None:
-    segments = q_start.shape[0] if q_start.dim() == 1 else -1
-    for name, tensor in (("q_start", q_start), ("q_len", q_len), ("kv_start", kv_start), ("kv_len", kv_len)):
-        if tensor.dim() != 1 or tensor.shape[0] != segments:
-            raise ValueError(f"{name} must have shape [S] like q_start, got {list(tensor.shape)}")
-    if contexts.dim() != 2 or contexts.shape[0] != segments:
-        raise ValueError(f"contexts must have shape [S, C] with S = {segments}, got {list(contexts.shape)}")
-    for name, tensor in zip(ContextLayout.__dataclass_fields__, (q_start, q_len, kv_start, kv_len, contexts)):
-        if tensor.dtype != torch.int32:
-            raise ValueError(f"{name} must be int32, got {tensor.dtype}")

@@ -59,9 +59,7 @@ def _memory_rows(offsets: Tensor, num_memory: int) -> Tensor:
 def _forward(
     hidden: Tensor, offsets: Tensor, num_memory: int, norm_weight: Tensor | None, norm_eps: float
 ) -> tuple[Tensor, Tensor]:
-    kernel = _library.native_kernel(
-        "pool_memory_forward", hidden, *([] if norm_weight is None else [norm_weight])
-    )
+    kernel = _library.native_kernel("pool_memory_forward", hidden, *([] if norm_weight is None else [norm_weight]))
     if kernel is not None and offsets.shape[0] > 1:
         weight = None if norm_weight is None else norm_weight.contiguous()
         return kernel(hidden.contiguous(), offsets.contiguous(), num_memory, weight, norm_eps)
@@ -75,9 +73,7 @@ def _forward_plain(
     rows = _normalise(hidden, norm_weight, None if norm_weight is None else _inverse_rms(hidden, norm_eps))
     document, memory_mean, counts = _means(rows, _bounds(offsets, num_memory), num_memory)
     mse = (document - memory_mean).square().mean(1).masked_fill(counts.squeeze(1) == 0, 0)
-    memory = rows.index_select(0, _memory_rows(offsets, num_memory)).view(
-        segments, num_memory, hidden.shape[1]
-    )
+    memory = rows.index_select(0, _memory_rows(offsets, num_memory)).view(segments, num_memory, hidden.shape[1])
     return memory, mse
 
 
@@ -189,9 +185,7 @@ def _check(hidden: Tensor, offsets: Tensor, num_memory: int, norm_weight: Tensor
     if num_memory < 1:
         raise ValueError(f"num_memory ({num_memory}) must be at least 1")
     if norm_weight is not None and norm_weight.shape != hidden.shape[1:]:
-        raise ValueError(
-            f"norm_weight must have shape [D] = {list(hidden.shape[1:])}, got {list(norm_weight.shape)}"
-        )
+        raise ValueError(f"norm_weight must have shape [D] = {list(hidden.shape[1:])}, got {list(norm_weight.shape)}")
 
 
 def _check_offsets(offsets: Tensor, num_memory: int, rows: int) -> None:
@@ -201,8 +195,7 @@ def _check_offsets(offsets: Tensor, num_memory: int, rows: int) -> None:
     for segment, (start, end) in enumerate(pairwise(values)):
         if end - start < num_memory:
             raise ValueError(
-                f"offsets give segment {segment} {end - start} rows, which must be at least num_memory "
-                f"({num_memory})"
+                f"offsets give segment {segment} {end - start} rows, which must be at least num_memory ({num_memory})"
             )
 
 

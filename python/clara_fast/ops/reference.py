@@ -66,9 +66,7 @@ def _order(scores: Tensor, valid: Tensor | None = None) -> Tensor:
     return keys.sort(dim=-1, descending=True, stable=True).indices
 
 
-def cosine_topk(
-    queries: Tensor, keys: Tensor, k: int, *, key_scales: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+def cosine_topk(queries: Tensor, keys: Tensor, k: int, *, key_scales: Tensor | None = None) -> tuple[Tensor, Tensor]:
     wide = keys.to(queries.dtype)
     if key_scales is not None:
         wide = wide * key_scales.to(queries.dtype).unsqueeze(1)
@@ -107,9 +105,7 @@ def select_memory(
             chosen = int(order[row, slot])
             soft = row_logits.softmax(0)
             # (hard + soft - soft.detach()) @ memory, written so that the value is exactly the chosen memory.
-            surrogate = torch.einsum(
-                "n,nmd->md", (soft - soft.detach()).to(memory.dtype), memory[row].detach()
-            )
+            surrogate = torch.einsum("n,nmd->md", (soft - soft.detach()).to(memory.dtype), memory[row].detach())
             selected.append(memory[row, chosen] + surrogate)
             indices.append(chosen)
             taken = torch.zeros_like(row_logits)

@@ -217,13 +217,10 @@ def _check(
         raise ValueError(f"query must be floating point [B, R], got {query.dtype} {list(query.shape)}")
     batch, size = query.shape
     if keys.dim() != 3 or keys.shape[0] != batch or keys.shape[2] != size:
-        raise ValueError(
-            f"keys must have shape [B, N, R] with B = {batch} and R = {size}, got {list(keys.shape)}"
-        )
+        raise ValueError(f"keys must have shape [B, N, R] with B = {batch} and R = {size}, got {list(keys.shape)}")
     if memory.dim() != 4 or memory.shape[:2] != keys.shape[:2]:
         raise ValueError(
-            f"memory must have shape [B, N, m, D] with [B, N] = {list(keys.shape[:2])}, "
-            f"got {list(memory.shape)}"
+            f"memory must have shape [B, N, m, D] with [B, N] = {list(keys.shape[:2])}, got {list(memory.shape)}"
         )
     for name, tensor in (("keys", keys), ("memory", memory)):
         if tensor.dtype != query.dtype:
@@ -231,9 +228,7 @@ def _check(
         if tensor.device != query.device:
             raise ValueError(f"{name} must be on the device of query ({query.device}), is on {tensor.device}")
     if valid is not None and (valid.shape != keys.shape[:2] or valid.dtype != torch.bool):
-        raise ValueError(
-            f"valid must be bool [B, N] = {list(keys.shape[:2])}, got {valid.dtype} {list(valid.shape)}"
-        )
+        raise ValueError(f"valid must be bool [B, N] = {list(keys.shape[:2])}, got {valid.dtype} {list(valid.shape)}")
     if k < 0:
         raise ValueError(f"k ({k}) must not be negative")
     if not temperature > 0:

@@ -41,9 +41,7 @@ def corpus(tmp_path_factory):
 def store(tmp_path_factory, model, corpus):
     """The corpus, compressed by the command."""
     folder = tmp_path_factory.mktemp("stores") / "store"
-    assert (
-        main(["compress", str(corpus), "--model", str(model), "--out", str(folder), "--device", "cpu"]) == 0
-    )
+    assert main(["compress", str(corpus), "--model", str(model), "--out", str(folder), "--device", "cpu"]) == 0
     return folder
 
 

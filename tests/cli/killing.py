@@ -25,9 +25,7 @@ def run(folder: str, args: list[str], until: int, kill: int) -> None:
     pid = os.fork()
     if pid == 0:
         os._exit(main(args))
-    while (
-        documents(folder) < until and os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
-    ):
+    while documents(folder) < until and os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
         time.sleep(0.02)
     if kill:
         os.kill(pid, kill)

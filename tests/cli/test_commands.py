@@ -52,9 +52,7 @@ def test_compress_reports_documents_that_are_too_long(run, tmp_path, model, corp
     code, result, err = run("compress", corpus, "-m", model, "-o", tmp_path / "s", "--limit", 3, "--json")
     assert code == 0
     assert result["added"] == result["truncated"] == 3
-    assert (
-        err == "warning: 3 of 3 documents are longer than 64 tokens; only their beginnings were compressed\n"
-    )
+    assert err == "warning: 3 of 3 documents are longer than 64 tokens; only their beginnings were compressed\n"
 
 
 def test_compress_takes_a_folder(run, tmp_path, model):
@@ -210,20 +208,14 @@ def test_a_killed_compress_is_finished_by_running_it_again(tmp_path, model, corp
     folder = tmp_path / "s"
     command = [sys.executable, Path(__file__).with_name("killing.py"), folder]
     command += ["compress", corpus, "-m", model, "-o", folder, "--shard-size", "1", "--batch-tokens", "80"]
-    done = subprocess.run(
-        command, capture_output=True, text=True, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}
-    )
-    statuses = [
-        tuple(map(int, line.split())) for line in done.stdout.splitlines() if line[0] in "-0123456789"
-    ]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""})
+    statuses = [tuple(map(int, line.split())) for line in done.stdout.splitlines() if line[0] in "-0123456789"]
     assert [status for status, _ in statuses] == [130, -signal.SIGKILL, 0], done.stderr
     first, second, last = (count for _, count in statuses)
     assert 2 <= first < 20
     assert 6 <= second < 20
     assert last == 20
-    assert (
-        f"{folder} holds {first} documents; the same command does the rest\nerror: interrupted" in done.stderr
-    )
+    assert f"{folder} holds {first} documents; the same command does the rest\nerror: interrupted" in done.stderr
     whole = MemoryStore.open(folder)
     whole.verify()
     assert list(whole.ids) == [json.loads(line)["id"] for line in corpus.read_text().splitlines()]

@@ -42,9 +42,7 @@ def die_at(step: int) -> None:
         return call
 
     os.replace = counted(os.replace)
-    os.fsync = counted(
-        lambda descriptor: None
-    )  # a killed process loses nothing that was written: skip the wait
+    os.fsync = counted(lambda descriptor: None)  # a killed process loses nothing that was written: skip the wait
 
 
 def main(folder: Path, steps: int) -> None:

@@ -12,9 +12,7 @@ import torch
 class StandIn:
     """What :class:`clara_fast.store.MemoryStore` and ``compress_corpus`` ask of a model."""
 
-    def __init__(
-        self, num_memory: int = 4, hidden_size: int = 8, doc_max_length: int = 32, name: str = "a"
-    ) -> None:
+    def __init__(self, num_memory: int = 4, hidden_size: int = 8, doc_max_length: int = 32, name: str = "a") -> None:
         self.config = SimpleNamespace(
             num_memory=num_memory, hidden_size=hidden_size, doc_max_length=doc_max_length, compression_rate=8
         )

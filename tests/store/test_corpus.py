@@ -53,9 +53,7 @@ def test_the_last_line_needs_no_line_break(tmp_path):
     (tmp_path / "c.jsonl").write_bytes(b'{"text": "a"}\n{"text": "b"}')
     assert Corpus.open(tmp_path / "c.jsonl").count() == len(list(Corpus.open(tmp_path / "c.jsonl"))) == 2
     (tmp_path / "empty.jsonl").write_bytes(b"")
-    assert (
-        Corpus.open(tmp_path / "empty.jsonl").count() == len(list(Corpus.open(tmp_path / "empty.jsonl"))) == 0
-    )
+    assert Corpus.open(tmp_path / "empty.jsonl").count() == len(list(Corpus.open(tmp_path / "empty.jsonl"))) == 0
 
 
 @pytest.mark.parametrize(

@@ -27,9 +27,7 @@ def write(path, documents):
 def test_a_corpus_goes_into_shards_in_its_order(tmp_path, model, corpus):
     told = []
     with MemoryStore.create(tmp_path / "s", model) as store:
-        report = compress_corpus(
-            store, model, corpus, batch_tokens=100, shard_documents=20, progress=told.append
-        )
+        report = compress_corpus(store, model, corpus, batch_tokens=100, shard_documents=20, progress=told.append)
         assert (report.added, report.skipped, report.truncated) == (50, 0, 0)
         assert sum(told) == 50
         assert len(told) > 1
@@ -63,9 +61,7 @@ def test_a_text_that_changed_is_refused(tmp_path, model, corpus):
         changed = write(
             tmp_path / "d.jsonl", [{"id": "new", "text": "N."}, {"id": "doc-7", "title": "T", "text": "New."}]
         )
-        with pytest.raises(
-            CorpusError, match=r"d.jsonl, line 2: document 'doc-7' is in .* with another text"
-        ):
+        with pytest.raises(CorpusError, match=r"d.jsonl, line 2: document 'doc-7' is in .* with another text"):
             compress_corpus(store, model, changed)
         assert len(store) == 50
 

@@ -14,9 +14,7 @@ def brute_force(memory, queries, k):
     """Scores and rows by float64 cosine, ties to the lower row."""
     keys = torch.nn.functional.normalize(memory.flatten(1).double(), dim=1)
     units = torch.nn.functional.normalize(queries.flatten(1).double(), dim=1)
-    scores = (units[:, None] * keys).sum(
-        -1
-    )  # not @: its rounding depends on the row, so equal rows would not tie
+    scores = (units[:, None] * keys).sum(-1)  # not @: its rounding depends on the row, so equal rows would not tie
     scores, rows = scores.sort(dim=1, descending=True, stable=True)
     return scores[:, :k], rows[:, :k]
 
@@ -75,9 +73,7 @@ def test_results_do_not_depend_on_shards(tmp_path, model, sizes):
         scores, rows = store.topk(queries, 10)
         expected, expected_rows = brute_force(memory.to(torch.bfloat16), queries, 10)
         torch.testing.assert_close(scores.double(), expected, rtol=0, atol=2e-6)
-        assert (rows % 30).equal(
-            expected_rows % 30
-        )  # an operator in plain PyTorch may round equal rows unequally
+        assert (rows % 30).equal(expected_rows % 30)  # an operator in plain PyTorch may round equal rows unequally
         tied = scores[:, 1:] == scores[:, :-1]
         assert bool((rows[:, 1:] > rows[:, :-1])[tied].all())
         assert store.topk(queries, 60)[1].sort().values.equal(torch.arange(60).expand(8, -1))

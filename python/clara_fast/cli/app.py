@@ -41,9 +41,7 @@ def _print_version(wanted: bool) -> None:
 
 @app.callback()
 def options(
-    debug: Annotated[
-        bool, typer.Option("--debug", help="Show a traceback with errors.", envvar=DEBUG)
-    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show a traceback with errors.", envvar=DEBUG)] = False,
     version: Annotated[
         bool, typer.Option("--version", help="Print the version.", is_eager=True, callback=_print_version)
     ] = False,
@@ -87,8 +85,6 @@ def _report(error: Exception) -> int:
         return BAD_INPUT
     ours = type(error).__module__.startswith("clara_fast.")
     explained = ours or isinstance(error, ValueError | OSError | ImportError)
-    error_line(
-        str(error) if explained else f"{type(error).__name__}: {error} (clara-fast --debug shows where)"
-    )
+    error_line(str(error) if explained else f"{type(error).__name__}: {error} (clara-fast --debug shows where)")
     bad_input = ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError
     return BAD_INPUT if isinstance(error, bad_input) else RUNTIME_ERROR

@@ -24,9 +24,7 @@ def compress(
     corpus: Annotated[
         Path, typer.Argument(help="A .jsonl, .jsonl.gz or .parquet file, or a folder of .txt and .md files.")
     ],
-    out: Annotated[
-        Path, typer.Option("--out", "-o", help="Folder of the store; an unfinished one is continued.")
-    ],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the store; an unfinished one is continued.")],
     model: ModelOption = None,
     subfolder: SubfolderOption = None,
     base_model: BaseModelOption = None,
@@ -39,9 +37,7 @@ def compress(
         typer.Option(help="Tokens that go through the model at once.  [default: 2048 on a CPU, else 16384]"),
     ] = None,
     shard_size: Annotated[int, typer.Option(help="Documents in a shard, at most.")] = 1024,
-    shard_seconds: Annotated[
-        float, typer.Option(help="Work in a shard, at most: a kill loses no more.")
-    ] = 60.0,
+    shard_seconds: Annotated[float, typer.Option(help="Work in a shard, at most: a kill loses no more.")] = 60.0,
     device: DeviceOption = None,
     dtype: DtypeOption = "auto",
     json: JsonOption = False,
@@ -55,9 +51,7 @@ def compress(
     from clara_fast.store import Corpus, MemoryStore, compress_corpus
 
     choice = ModelChoice.of(model, subfolder, base_model, device, dtype)
-    documents = Corpus.open(
-        corpus, text_field=text_field, id_field=id_field, title_field=title_field, limit=limit
-    )
+    documents = Corpus.open(corpus, text_field=text_field, id_field=id_field, title_field=title_field, limit=limit)
     total = documents.count()
     if MemoryStore.exists(out):
         choice = choice.or_of(MemoryStore.open(out))

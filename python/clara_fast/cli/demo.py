@@ -58,9 +58,7 @@ def demo(
         questions = [json_format.loads(line) for line in lines]
 
     step = max(1, len(questions) // QUESTIONS_SHOWN)
-    answers = [
-        answer(clara, store, question, show=not json) for question in questions[::step][:QUESTIONS_SHOWN]
-    ]
+    answers = [answer(clara, store, question, show=not json) for question in questions[::step][:QUESTIONS_SHOWN]]
     recall = evaluate_retrieval(clara, store, questions)
     if json:
         timings = {"load": load_seconds, "compress": compress_seconds}
@@ -165,8 +163,7 @@ def evaluate_retrieval(clara: Clara, store: MemoryStore, questions: list[dict[st
     gold = [{store.ids[name] for name in question["gold_ids"]} for question in questions]
     return {
         f"Recall@{k}": sum(
-            len(wanted.intersection(found[:k])) / len(wanted)
-            for found, wanted in zip(rows.tolist(), gold, strict=True)
+            len(wanted.intersection(found[:k])) / len(wanted) for found, wanted in zip(rows.tolist(), gold, strict=True)
         )
         / len(questions)
         for k in (1, TOP_K)

@@ -21,9 +21,7 @@ def inspect(
     verify: Annotated[
         bool, typer.Option("--verify", help="Read every file of a store and check its checksum.")
     ] = False,
-    repair: Annotated[
-        bool, typer.Option("--repair", help="Verify, and drop a store's damaged shards.")
-    ] = False,
+    repair: Annotated[bool, typer.Option("--repair", help="Verify, and drop a store's damaged shards.")] = False,
     json: JsonOption = False,
 ) -> None:
     """Show what a store or a model holds, without loading a model."""
@@ -98,9 +96,7 @@ def _print(facts: dict[str, Any], indent: str = "") -> None:
         elif isinstance(value, list) and value and isinstance(value[0], dict):
             print(f"{indent}{name}:")
             for entry in value:
-                print(
-                    f"{indent}  " + "  ".join(_shown(key, part) for key, part in entry.items() if part != "")
-                )
+                print(f"{indent}  " + "  ".join(_shown(key, part) for key, part in entry.items() if part != ""))
         else:
             print(f"{indent}{name:22} {_shown(name, value)}")
 

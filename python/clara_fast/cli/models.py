@@ -18,22 +18,16 @@ if TYPE_CHECKING:
 
 ModelOption = Annotated[
     str | None,
-    typer.Option(
-        "--model", "-m", help="Clara model: folder or hub name. A store remembers the one that wrote it."
-    ),
+    typer.Option("--model", "-m", help="Clara model: folder or hub name. A store remembers the one that wrote it."),
 ]
 SubfolderOption = Annotated[str | None, typer.Option(help="Folder of the model inside its hub repository.")]
 BaseModelOption = Annotated[
     str | None,
     typer.Option(help="Base model to put the adapters on, instead of the one that the model names."),
 ]
-DeviceOption = Annotated[
-    str | None, typer.Option(help="cpu, cuda, cuda:1, ...; default: a GPU if there is one.")
-]
+DeviceOption = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; default: a GPU if there is one.")]
 DtypeOption = Annotated[str, typer.Option(help="Of the base model: auto, float32, bfloat16 or float16.")]
-JsonOption = Annotated[
-    bool, typer.Option("--json", help="Print one JSON document to stdout, and nothing else there.")
-]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document to stdout, and nothing else there.")]
 
 
 @dataclass(frozen=True)
@@ -53,9 +47,7 @@ class ModelChoice:
     ) -> ModelChoice:
         """From a command's options; folders become absolute, so that a store can remember them."""
         named = {"name_or_path": model, "subfolder": subfolder, "base_model": base_model}
-        where = {
-            key: _absolute(value) if key != "subfolder" else value for key, value in named.items() if value
-        }
+        where = {key: _absolute(value) if key != "subfolder" else value for key, value in named.items() if value}
         if dtype not in ("auto", "float32", "bfloat16", "float16"):
             raise ValueError(f"--dtype ({dtype}) must be auto, float32, bfloat16 or float16")
         return cls(where, device, dtype)

@@ -68,8 +68,7 @@ def snippet(text: str, length: int = _SNIPPET) -> str:
 def seconds(timings: dict[str, float]) -> str:
     """``load 1.20 s, search 3 ms``."""
     return ", ".join(
-        f"{name} {value:.2f} s" if value >= 0.1 else f"{name} {value * 1000:.1f} ms"
-        for name, value in timings.items()
+        f"{name} {value:.2f} s" if value >= 0.1 else f"{name} {value * 1000:.1f} ms" for name, value in timings.items()
     )
 
 

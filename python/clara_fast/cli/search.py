@@ -28,9 +28,7 @@ def search(
     queries: Annotated[list[str], typer.Argument(metavar="QUERY...", help="One question or more.")],
     k: Annotated[
         int | None,
-        typer.Option(
-            "-k", help=f"Documents for each query.  [default: {DEFAULT_K}, or all if there are fewer]"
-        ),
+        typer.Option("-k", help=f"Documents for each query.  [default: {DEFAULT_K}, or all if there are fewer]"),
     ] = None,
     model: ModelOption = None,
     subfolder: SubfolderOption = None,
@@ -54,13 +52,8 @@ def search(
     found = store.search(memories, k)
     timings = {"load": load_seconds, "query": encoded - started, "search": time.perf_counter() - encoded}
     if json:
-        results = [
-            {"query": q, "hits": [asdict(hit) for hit in hits]}
-            for q, hits in zip(queries, found, strict=True)
-        ]
-        print_json(
-            {"store": str(path), "documents": len(store), "k": k, "results": results, "timings": timings}
-        )
+        results = [{"query": q, "hits": [asdict(hit) for hit in hits]} for q, hits in zip(queries, found, strict=True)]
+        print_json({"store": str(path), "documents": len(store), "k": k, "results": results, "timings": timings})
         return
     for query, hits in zip(queries, found, strict=True):
         print(query)

@@ -120,9 +120,7 @@ def _news(
         yield from (record for record in chunk if record.id not in before)
 
 
-def _batches(
-    records: Iterator[Record], model: Compressor, max_tokens: int
-) -> Iterator[list[tuple[Record, int]]]:
+def _batches(records: Iterator[Record], model: Compressor, max_tokens: int) -> Iterator[list[tuple[Record, int]]]:
     """Records with their token counts, in batches of at most ``max_tokens`` tokens with memory tokens."""
     extra = model.config.num_memory + 3
     batch: list[tuple[Record, int]] = []
@@ -165,8 +163,6 @@ class _PendingShard:
             memory = torch.cat(self.memory)
             head, self.records = self.records[:size], self.records[size:]
             self.memory = [memory[size:]] if self.records else []
-            documents: list[dict[str, Any]] = [
-                {"title": r.title, "text": r.text, "metadata": r.metadata} for r in head
-            ]
+            documents: list[dict[str, Any]] = [{"title": r.title, "text": r.text, "metadata": r.metadata} for r in head]
             self.store.add([r.id for r in head], documents, memory[:size])
         self.started = time.monotonic()

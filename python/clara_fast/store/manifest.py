@@ -124,8 +124,7 @@ class Manifest:
     @classmethod
     def _from_json(cls, content: dict[str, Any]) -> Manifest:
         shards = tuple(
-            ShardEntry(_count(s["rows"]), _facts(s["memory"]), _facts(s["documents"]))
-            for s in content["shards"]
+            ShardEntry(_count(s["rows"]), _facts(s["memory"]), _facts(s["documents"])) for s in content["shards"]
         )
         return cls(
             model=ModelFacts(**content["model"]),

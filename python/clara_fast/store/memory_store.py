@@ -90,9 +90,7 @@ class MemoryStore:
                 raise FileExistsError(f"{path} already holds a store; open it to add to it")
             ours = {LOCK_FILE, SHARD_FOLDER, MANIFEST_FILE + TEMPORARY}
             if foreign := sorted(entry.name for entry in path.iterdir() if entry.name not in ours):
-                raise FileExistsError(
-                    f"{path} is no store and not empty ({listing(foreign)}); choose a new folder"
-                )
+                raise FileExistsError(f"{path} is no store and not empty ({listing(foreign)}); choose a new folder")
             store._shard_folder.mkdir(exist_ok=True)
             store._remove_leftovers()
             manifest.write(path)
@@ -293,9 +291,7 @@ class MemoryStore:
         for shard in self._shards:
             found = shard.problems()
             names = [] if found else shard.ids()
-            if twice := [
-                name for row, name in enumerate(names, shard.start) if seen.setdefault(name, row) != row
-            ]:
+            if twice := [name for row, name in enumerate(names, shard.start) if seen.setdefault(name, row) != row]:
                 found = [f"{self.path}: shard {shard.entry.name} repeats the ids {listing(twice)}"]
             if found:
                 problems += found
@@ -393,9 +389,7 @@ class MemoryStore:
     def _flat_queries(self, queries: Tensor) -> Tensor:
         m, width = self._manifest.num_memory, self._manifest.hidden_size
         if queries.shape[1:] not in ((m, width), (m * width,)):
-            raise ValueError(
-                f"queries must be [B, {m}, {width}] or [B, {m * width}], not {list(queries.shape)}"
-            )
+            raise ValueError(f"queries must be [B, {m}, {width}] or [B, {m * width}], not {list(queries.shape)}")
         flat = queries.detach().flatten(1).to("cpu")
         if not bool(flat.isfinite().all()):
             raise ValueError("queries hold NaN or Inf")

@@ -21,17 +21,13 @@ from clara_fast.store.manifest import ShardEntry
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 _SAFETENSORS_NAME = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
-_SCHEMA = pa.schema(
-    [pa.field(name, pa.string(), nullable=False) for name in ("id", "title", "text", "metadata")]
-)
+_SCHEMA = pa.schema([pa.field(name, pa.string(), nullable=False) for name in ("id", "title", "text", "metadata")])
 # Reading one hit decodes one row group: small enough to be quick, large enough to compress.
 _ROWS_PER_GROUP = 128
 _ALIGNMENT = 64
 
 
-def write_shard(
-    folder: Path, name: str, rows: list[dict[str, str]], memory: Tensor, dtype: str
-) -> ShardEntry:
+def write_shard(folder: Path, name: str, rows: list[dict[str, str]], memory: Tensor, dtype: str) -> ShardEntry:
     """Write both files of a shard and sync them; the caller makes it count by writing the manifest.
 
     Args:
@@ -81,9 +77,7 @@ class Shard:
         dtype: of the stored memories.
     """
 
-    def __init__(
-        self, folder: Path, entry: ShardEntry, start: int, shape: tuple[int, int], dtype: torch.dtype
-    ) -> None:
+    def __init__(self, folder: Path, entry: ShardEntry, start: int, shape: tuple[int, int], dtype: torch.dtype) -> None:
         self.folder = folder
         self.entry = entry
         self.start = start

@@ -242,6 +242,12 @@ def test_spread_positions():
 
 
 class TestBadInput:
+    def test_sliding_window_shorter_than_a_document(self, model, monkeypatch):
+        monkeypatch.setattr(model.lm.config, "sliding_window", 20, raising=False)
+        assert model.compress(["Tea."]).shape == (1, 4, 32)
+        with pytest.raises(ValueError, match=r"does not fit the base model's sliding_window \(20\)"):
+            quiet_compress(model, DOCUMENTS[:1])
+
     def test_empty_documents(self, model):
         for text in ("", " \n\t"):
             with pytest.raises(ValueError, match=r"documents\[1\] must hold text"):

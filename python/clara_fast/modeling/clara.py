@@ -257,6 +257,7 @@ class Clara(nn.Module):
     def encode(self, packed: PackedDocuments, role: Role) -> tuple[Tensor, Tensor]:
         """Memories ``[S, m, D]`` and mean squared errors ``[S]`` of packed texts, with a graph if ``role`` trains."""
         m = self.config.num_memory
+        self._check_window(packed.longest)
         with torch.set_grad_enabled(torch.is_grad_enabled() and role in self.trainable):
             embeds = self.lm.get_input_embeddings()(packed.input_ids)
             tail = torch.arange(-m, 0, device=embeds.device)
@@ -417,6 +418,7 @@ class Clara(nn.Module):
             raise ValueError(
                 f"memory rows ({memory.shape[0]}) must equal the prompts' memory slots ({prompts.memory_slots.numel()})"
             )
+        self._check_window(prompts.longest)
         embeds = self.lm.get_input_embeddings()(prompts.input_ids)
         embeds = embeds.index_copy(0, prompts.memory_slots, memory.to(embeds.dtype))
         rows = (prompts.labels != -100).nonzero().flatten()
@@ -452,6 +454,15 @@ class Clara(nn.Module):
         from clara_fast.modeling.answering import paraphrase
 
         return paraphrase(self, memory, instruction=instruction, **generate_options)
+
+    def _check_window(self, longest: int) -> None:
+        base = self.lm.config
+        window = getattr(base, "sliding_window", None) if getattr(base, "use_sliding_window", True) else None
+        if window is not None and longest > window:
+            raise ValueError(
+                f"a sequence of {longest} tokens does not fit the base model's sliding_window ({window}): "
+                "packed attention reads every document in full"
+            )
 
     # Construction
 

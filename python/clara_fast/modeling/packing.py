@@ -33,12 +33,14 @@ class PackedDocuments(_Movable):
         position_ids: ``[T]`` int64, restarting with every document.
         offsets: ``[S + 1]`` int32, where each document starts.
         layout: causal attention within each document.
+        longest: tokens of the longest document, memory tokens included.
     """
 
     input_ids: Tensor
     position_ids: Tensor
     offsets: Tensor
     layout: ContextLayout
+    longest: int
 
     def __len__(self) -> int:
         return self.offsets.numel() - 1
@@ -54,6 +56,7 @@ class PackedPrompts(_Movable):
         labels: ``[T]`` int64, the *next* token wherever an answer's token follows, -100 elsewhere.
         memory_slots: ``[n * m]`` int64, the rows that memories take, context by context.
         layout: who reads whom.
+        longest: tokens of the longest sequence, its context included.
     """
 
     input_ids: Tensor
@@ -61,6 +64,7 @@ class PackedPrompts(_Movable):
     labels: Tensor
     memory_slots: Tensor
     layout: ContextLayout
+    longest: int
 
 
 def pack_documents(
@@ -88,6 +92,7 @@ def pack_documents(
         position_ids=torch.cat(positions) if positions else torch.empty(0, dtype=torch.int64),
         offsets=bounds,
         layout=ContextLayout.packed(offsets=offsets),
+        longest=max((len(text) + m for text in texts), default=0),
     )
 
 
@@ -148,12 +153,14 @@ def pack_prompts(groups: Sequence[PromptGroup], memory_ids: frozenset[int]) -> P
             lay(prompt + answer, [-100] * (len(prompt) - 1) + answer + [-100], len(group.context), reads)
     ids = torch.tensor(input_ids, dtype=torch.int64)
     starts = [0, *accumulate(lengths)][:-1]
+    position_ids = torch.cat(positions)
     return PackedPrompts(
         input_ids=ids,
-        position_ids=torch.cat(positions),
+        position_ids=position_ids,
         labels=torch.tensor(labels, dtype=torch.int64),
         memory_slots=torch.isin(ids, torch.tensor(sorted(memory_ids))).nonzero().flatten(),
         layout=ContextLayout.from_lists(starts, lengths, starts, lengths, contexts),
+        longest=int(position_ids.max()) + 1,
     )
 
 

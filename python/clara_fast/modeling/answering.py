@@ -108,7 +108,8 @@ def answer(
             sources = [[Source(h.id, h.score, h.text, h.title) for h in found] for found in hits]
         else:
             assert documents is not None
-            groups = [documents] if single or not documents or isinstance(documents[0], str) else documents
+            one_list = single or not documents or isinstance(documents[0], str)
+            groups: Sequence[Any] = [documents] if one_list else documents
             if len(groups) != len(batch):
                 raise ValueError(f"documents ({len(groups)} lists) must be one list for each of {len(batch)} questions")
             for query, group in zip(queries, groups, strict=True):

@@ -32,7 +32,7 @@ def load_base(base_model: str, dtype: torch.dtype | str, device: torch.device | 
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        lm = AutoModelForCausalLM.from_pretrained(base_model, dtype=dtype, attn_implementation=IMPLEMENTATION)
+        lm: Any = AutoModelForCausalLM.from_pretrained(base_model, dtype=dtype, attn_implementation=IMPLEMENTATION)
         tokenizer = AutoTokenizer.from_pretrained(base_model)
     except (OSError, ValueError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -175,7 +175,7 @@ def _write(model: Clara, folder: Path, adapter_dtype: torch.dtype) -> None:
         save_file(tensors, folder / role / ADAPTER_FILE, metadata={"format": "pt"})
         config = roles.lora_config(model.config.lora, model.config.base_model)
         config.inference_mode = True
-        config.save_pretrained(folder / role)
+        config.save_pretrained(str(folder / role))
     save_file(_memory_state(model), folder / MEMORY_FILE, metadata={"format": "pt"})
 
 

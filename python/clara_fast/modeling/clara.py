@@ -62,10 +62,13 @@ class Clara(nn.Module):
         prompts_folder: where a checkpoint's own ``prompts.json`` lies.
     """
 
+    # nn.Module's annotations hide what a transformers model can do.
+    lm: Any
+
     def __init__(
         self,
         config: ClaraConfig,
-        lm: nn.Module,
+        lm: Any,
         tokenizer: PreTrainedTokenizerBase,
         prompts_folder: Path | None = None,
     ) -> None:

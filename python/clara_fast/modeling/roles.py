@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, get_args
 
@@ -97,7 +97,7 @@ def _follow_role_keyword(lm: nn.Module) -> None:
 class _RoleSwitch:
     """Pre-hook of an attention module. It runs inside the layer's ``forward``, hence in every recompute of it."""
 
-    def __init__(self, adapters: list[LoraLayer]) -> None:
+    def __init__(self, adapters: Sequence[LoraLayer]) -> None:
         self.adapters = adapters
 
     def __call__(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -114,7 +114,7 @@ def _decoder_layers(lm: nn.Module) -> list[nn.Module]:
     lists = [m for m in lists if _attention_of(m[0], missing_ok=True) is not None]
     if not lists:
         raise ValueError(f"{type(lm).__name__} has no stack of decoder layers with attention that clara_fast knows")
-    return list(max(lists, key=len))
+    return list(max(lists, key=lambda layers: len(layers)))
 
 
 def _attention_of(layer: nn.Module, missing_ok: bool = False) -> nn.Module:

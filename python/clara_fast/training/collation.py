@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from clara_fast.modeling.packing import PackedPrompts, PromptGroup, group_prompts, pack_prompts
 from clara_fast.training.data import ScpSample
@@ -27,7 +27,7 @@ class ScpCollator:
     """
 
     model: Clara
-    questions: Literal["branches", "sequence"] = "branches"
+    questions: str = "branches"
     reconstruction: float = 0.0
     seed: int = 0
 
@@ -55,7 +55,7 @@ class ScpCollator:
         if draw.random() < self.reconstruction:
             limit = self.model.config.doc_max_length
             read = text.tokenizer(text.defuse(sample.document), add_special_tokens=False)["input_ids"][:limit]
-            target = text.tokenizer.decode(read)
+            target = str(text.tokenizer.decode(read))
             return group_prompts([text.exchange(prompts, prompts.paraphrase(instruction), target)])
         if not sample.questions:
             return group_prompts([text.exchange(prompts, prompts.paraphrase(instruction), sample.answers[0])])

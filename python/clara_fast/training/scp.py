@@ -96,7 +96,8 @@ class ScpTrainer(ClaraTrainer):
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
-            clara, args = self.model, self.args
+            clara: Any = self.model
+            args = self.args
             special = {
                 "memory_embeddings": args.memory_learning_rate,
                 "connector": args.connector_learning_rate,

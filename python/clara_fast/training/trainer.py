@@ -10,9 +10,16 @@ from torch import nn
 from transformers import Trainer
 from transformers.trainer import TRAINING_ARGS_NAME
 
+from clara_fast.modeling import Clara
+
 
 class ClaraTrainer(Trainer):
     """Saves and resumes adapters instead of whole models, and reports metrics of its own evaluation."""
+
+    # The Trainer allows for any model, arguments and datasets; a stage has its own.
+    model: Clara
+    args: Any
+    eval_dataset: Any
 
     def report(self, metrics: dict[str, float]) -> dict[str, float]:
         """Log metrics and tell the callbacks, as ``Trainer.evaluate`` does."""
@@ -22,7 +29,7 @@ class ClaraTrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """Only what the base model lacks is saved, in full precision: a resumed run goes on with the same numbers."""
-        folder = Path(output_dir or self.args.output_dir)
+        folder = Path(str(output_dir or self.args.output_dir))
         folder.mkdir(parents=True, exist_ok=True)
         self.model.save_pretrained(folder, adapter_dtype=torch.float32)
         torch.save(self.args, folder / TRAINING_ARGS_NAME)
@@ -33,4 +40,4 @@ class ClaraTrainer(Trainer):
         load_weights(self.model, Path(resume_from_checkpoint))
 
     def _load_best_model(self) -> None:
-        self._load_from_checkpoint(self.state.best_model_checkpoint)
+        self._load_from_checkpoint(str(self.state.best_model_checkpoint))

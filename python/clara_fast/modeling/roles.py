@@ -110,11 +110,11 @@ class _RoleSwitch:
 
 def _decoder_layers(lm: nn.Module) -> list[nn.Module]:
     """The repeated blocks: the longest ModuleList whose blocks hold an attention module."""
-    lists = [m for m in lm.modules() if isinstance(m, nn.ModuleList) and len(m)]
-    lists = [m for m in lists if _attention_of(m[0], missing_ok=True) is not None]
+    lists = [list(m) for m in lm.modules() if isinstance(m, nn.ModuleList) and len(m)]
+    lists = [layers for layers in lists if _attention_of(layers[0], missing_ok=True) is not None]
     if not lists:
         raise ValueError(f"{type(lm).__name__} has no stack of decoder layers with attention that clara_fast knows")
-    return list(max(lists, key=lambda layers: len(layers)))
+    return max(lists, key=len)
 
 
 def _attention_of(layer: nn.Module, missing_ok: bool = False) -> nn.Module:

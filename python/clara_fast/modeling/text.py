@@ -30,9 +30,10 @@ class TextEncoder:
             tokenizer.pad_token = tokenizer.bos_token or tokenizer.eos_token
         self.tokenizer = tokenizer
         self.max_length = config.doc_max_length + 3
-        self.added_ids = list(map(tokenizer.convert_tokens_to_ids, self.added_tokens))
+        vocabulary = tokenizer.get_vocab()
+        self.added_ids = [vocabulary[token] for token in self.added_tokens]
         slots = names if config.distinct_memory_tokens else names * m
-        self.memory_ids = list(map(tokenizer.convert_tokens_to_ids, slots))
+        self.memory_ids = [vocabulary[token] for token in slots]
         self.memory_block = "".join(slots) + (SEPARATOR if config.separator else "")
 
     def documents(self, texts: Sequence[str], *, max_length: int | None = None) -> tuple[list[list[int]], int]:

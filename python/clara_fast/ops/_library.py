@@ -33,7 +33,7 @@ NATIVE_SCHEMAS = {
         "-> (Tensor, Tensor, Tensor)"
     ),
 }
-NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+NATIVE_DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
 
 library = torch.library.Library("clara_fast", "DEF")
 _native_library = torch.library.Library("clara_fast_native", "DEF")
@@ -83,17 +83,31 @@ def _load_native() -> dict[str, Callable]:
 native = _load_native()
 
 
+def is_plain_inference(tensor: torch.Tensor) -> bool:
+    """Whether an operator may call its implementation itself: nothing differentiates, traces or intercepts.
+
+    The dispatcher's way to a Python implementation costs 8 us in inference mode and 24 us under no_grad.
+    """
+    return not (
+        torch.compiler.is_compiling()
+        or torch.is_grad_enabled()
+        or type(tensor) is not torch.Tensor
+        or torch._C._len_torch_dispatch_stack()
+    )
+
+
 def native_kernel(name: str, *tensors: torch.Tensor) -> Callable | None:
     """The CPU kernel ``name``, if there is one that takes these tensors: of one dtype that it knows."""
-    first = tensors[0]
-    if first.device.type != "cpu" or first.dtype not in NATIVE_DTYPES:
+    dtype = tensors[0].dtype
+    if dtype not in NATIVE_DTYPES or not tensors[0].is_cpu:
         return None
     kernel = native.get(name)
     if kernel is None:
         _warn_missing(name)
         return None
-    if any(tensor.dtype != first.dtype or tensor.numel() == 0 for tensor in tensors):
-        return None
+    for tensor in tensors:
+        if tensor.dtype is not dtype or not tensor.numel():
+            return None
     return kernel
 
 

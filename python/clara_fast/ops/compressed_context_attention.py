@@ -271,4 +271,5 @@ def compressed_context_attention(
     _check(query, key, value, layout)
     if scale is None:
         scale = query.shape[2] ** -0.5
-    return _op(query, key, value, *layout.tensors(), scale)[0]
+    run = _forward if _library.is_plain_inference(query) else _op
+    return run(query, key, value, *layout.tensors(), scale)[0]

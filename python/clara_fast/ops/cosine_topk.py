@@ -179,4 +179,5 @@ def cosine_topk(queries: Tensor, keys: Tensor, k: int, *, key_scales: Tensor | N
         ValueError: on shapes, dtypes or a k that do not fit.
     """
     _check(queries, keys, k, key_scales)
-    return _op(queries, keys, k, key_scales)
+    run = _forward if _library.is_plain_inference(queries) else _op
+    return run(queries, keys, k, key_scales)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from itertools import pairwise
 
 import torch
@@ -59,7 +60,9 @@ def _memory_rows(offsets: Tensor, num_memory: int) -> Tensor:
 def _forward(
     hidden: Tensor, offsets: Tensor, num_memory: int, norm_weight: Tensor | None, norm_eps: float
 ) -> tuple[Tensor, Tensor]:
-    kernel = _library.native_kernel("pool_memory_forward", hidden, *([] if norm_weight is None else [norm_weight]))
+    kernel = _library.native_kernel(
+        "pool_memory_forward", *((hidden,) if norm_weight is None else (hidden, norm_weight))
+    )
     if kernel is not None and offsets.shape[0] > 1:
         weight = None if norm_weight is None else norm_weight.contiguous()
         return kernel(hidden.contiguous(), offsets.contiguous(), num_memory, weight, norm_eps)
@@ -192,10 +195,10 @@ def _check_offsets(offsets: Tensor, num_memory: int, rows: int) -> None:
     values = offsets.tolist()
     if values[0] < 0 or values[-1] > rows:
         raise ValueError(f"offsets ({values[0]} .. {values[-1]}) must lie within the rows of hidden ({rows})")
-    for segment, (start, end) in enumerate(pairwise(values)):
-        if end - start < num_memory:
+    for segment, length in enumerate(map(operator.sub, values[1:], values)):
+        if length < num_memory:
             raise ValueError(
-                f"offsets give segment {segment} {end - start} rows, which must be at least num_memory ({num_memory})"
+                f"offsets give segment {segment} {length} rows, which must be at least num_memory ({num_memory})"
             )
 
 
@@ -230,8 +233,9 @@ def pool_memory(
             or give a segment fewer than ``num_memory`` rows.
     """
     _check(hidden, offsets, num_memory, norm_weight)
-    if offsets.device.type == "cpu" and not torch.compiler.is_compiling():
+    if offsets.is_cpu and not torch.compiler.is_compiling():
         _check_offsets(offsets, num_memory, hidden.shape[0])
     if norm_weight is not None:
         norm_weight = norm_weight.to(hidden.dtype)
-    return _op(hidden, offsets, num_memory, norm_weight, norm_eps)
+    run = _forward if _library.is_plain_inference(hidden) else _op
+    return run(hidden, offsets, num_memory, norm_weight, norm_eps)

@@ -273,4 +273,5 @@ def select_memory(
         ValueError: on shapes, dtypes or values that do not fit.
     """
     _check(query, keys, memory, k, temperature, taken_logit, valid)
-    return _op(query, keys, memory, k, temperature, taken_logit, valid)
+    run = _forward if _library.is_plain_inference(query) else _op
+    return run(query, keys, memory, k, temperature, taken_logit, valid)

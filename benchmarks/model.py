@@ -189,7 +189,7 @@ def check_memories(name: str, mine: Callable[[], Tensor], other: Callable[[], Te
 
 
 def check_step(name: str, ours: Ours, theirs: Theirs, dtype: torch.dtype) -> str:
-    """Equal losses, choices of documents, and gradients (of the same parameters; the error is each role's as a whole)."""
+    """Equal losses, choices of documents, and gradients (of the same parameters, by role)."""
     if name == "SCP step":
         loss, other_loss = ours.scp_step(), theirs.scp_step()
     else:

@@ -25,15 +25,21 @@ ADAPTER_FILE = "adapter_model.safetensors"
 PEFT_PREFIX = "base_model.model."
 
 
-def load_base(base_model: str, dtype: torch.dtype | str, device: torch.device | str | None) -> tuple[Any, Any]:
-    """The base model with our attention, and its tokenizer. No code of the model's repository is run."""
+def load_base(
+    base_model: str, dtype: torch.dtype | str, device: torch.device | str | None, saved: Path | None = None
+) -> tuple[Any, Any]:
+    """The base model with our attention, and its tokenizer or the one in the folder ``saved``, if it holds one.
+
+    No code of the model's repository is run.
+    """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         lm: Any = AutoModelForCausalLM.from_pretrained(base_model, dtype=dtype, attn_implementation=IMPLEMENTATION)
-        tokenizer = AutoTokenizer.from_pretrained(base_model)
+        own = saved is not None and (saved / "tokenizer_config.json").is_file()
+        tokenizer = AutoTokenizer.from_pretrained(saved if own else base_model)
     except (OSError, ValueError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(f"base_model ({base_model!r}) cannot be loaded: {reason}") from error
@@ -62,7 +68,7 @@ def load_model(
     config = ClaraConfig.from_dict(content, str(folder / "config.json"))
     if base_model is not None:
         config.base_model = str(base_model)
-    lm, tokenizer = load_base(config.base_model, dtype, device)
+    lm, tokenizer = load_base(config.base_model, dtype, device, saved=folder)
     model = cls(config, lm, tokenizer, prompts_folder=folder)
     for role in roles.ROLES:
         if (folder / role).is_dir():

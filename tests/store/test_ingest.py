@@ -8,7 +8,7 @@ import warnings
 import pytest
 from standin import StandIn, names, texts
 
-from clara_fast.store import Corpus, CorpusError, MemoryStore, StoreMismatchError, compress_corpus
+from clara_fast.store import Corpus, CorpusError, MemoryStore, StoreLockedError, StoreMismatchError, compress_corpus
 
 
 @pytest.fixture
@@ -95,6 +95,12 @@ def test_another_model_is_refused_before_any_work(tmp_path, model, corpus):
     with MemoryStore.create(tmp_path / "s", model) as store, pytest.raises(StoreMismatchError):
         compress_corpus(store, other, corpus)
     assert other.compressed == 0
+
+
+def test_a_store_in_use_is_refused_before_any_work(tmp_path, model, corpus):
+    with MemoryStore.create(tmp_path / "s", model), pytest.raises(StoreLockedError):
+        compress_corpus(MemoryStore.open(tmp_path / "s"), model, corpus)
+    assert model.compressed == 0
 
 
 @pytest.mark.parametrize("name", ["batch_tokens", "shard_documents"])

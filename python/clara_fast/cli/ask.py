@@ -29,7 +29,7 @@ def ask(
     question: Annotated[str, typer.Argument(help="What to answer.")],
     top_k: Annotated[
         int | None,
-        typer.Option("--top-k", "-k", help="Documents to read.  [default: the model's, or all if there are fewer]"),
+        typer.Option("--top-k", "-k", help="Documents to read. Default: as the model says, or all if there are fewer."),
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 64,
     model: ModelOption = None,

@@ -34,7 +34,7 @@ def compress(
     limit: Annotated[int | None, typer.Option(help="Only the first so many documents.")] = None,
     batch_tokens: Annotated[
         int | None,
-        typer.Option(help="Tokens that go through the model at once.  [default: 2048 on a CPU, else 16384]"),
+        typer.Option(help="Tokens that go through the model at once. Default: 2048 on a CPU, else 16384."),
     ] = None,
     shard_size: Annotated[int, typer.Option(help="Documents in a shard, at most.")] = 1024,
     shard_seconds: Annotated[float, typer.Option(help="Work in a shard, at most: a kill loses no more.")] = 60.0,

@@ -28,7 +28,7 @@ def search(
     queries: Annotated[list[str], typer.Argument(metavar="QUERY...", help="One question or more.")],
     k: Annotated[
         int | None,
-        typer.Option("-k", help=f"Documents for each query.  [default: {DEFAULT_K}, or all if there are fewer]"),
+        typer.Option("-k", help=f"Documents for each query. Default: {DEFAULT_K}, or all if there are fewer."),
     ] = None,
     model: ModelOption = None,
     subfolder: SubfolderOption = None,

@@ -63,12 +63,14 @@ def compress_corpus(
     Raises:
         StoreMismatchError: another model wrote the store.
         CorpusError: an id appears twice, or names a document that is in the store with another text.
+        StoreLockedError: another writer holds the store.
         StoreError: the store cannot be written.
     """
     for name, value in (("batch_tokens", batch_tokens), ("shard_documents", shard_documents)):
         if value < 1:
             raise ValueError(f"{name} ({value}) must be at least 1")
     store.check_model(model)
+    store.lock()  # before any work that another writer would make vain
     report = IngestReport()
     tell = progress or (lambda _: None)
     shard = _PendingShard(store)

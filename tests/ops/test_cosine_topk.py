@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from ops_checks import DTYPES, assert_same, assert_within_budget, error
 
 from clara_fast import ops
-from clara_fast.ops import reference
+from clara_fast.ops import _library, reference
 from clara_fast.ops.cosine_topk import _forward_plain
 
 pytestmark = pytest.mark.usefixtures("backend")
@@ -61,6 +61,16 @@ def test_error_budget(dtype):
         return reference_(*(x if x.dtype == torch.float64 else x.float() for x in inputs))
 
     assert_within_budget(operator, eager, [queries, keys])
+
+
+@pytest.mark.parametrize("key_dtype", [*DTYPES, torch.float64])
+@pytest.mark.parametrize("query_dtype", [*DTYPES, torch.float64])
+def test_queries_and_keys_of_different_dtypes(query_dtype, key_dtype, monkeypatch):
+    queries, keys = torch.randn(3, 67).to(query_dtype), torch.randn(40, 67).to(key_dtype)
+    if torch.float64 not in (query_dtype, key_dtype) and "cosine_topk" in _library.native:
+        # A float32 model over a bfloat16 store is the usual case: it must not fall back.
+        monkeypatch.setitem(ops.cosine_topk.__globals__, "_forward_plain", None)
+    assert_valid_topk(queries, keys, *ops.cosine_topk(queries, keys, 5), 5)
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])

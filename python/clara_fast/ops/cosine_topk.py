@@ -40,10 +40,9 @@ def descending_topk(scores: Tensor, indices: Tensor, k: int) -> tuple[Tensor, Te
 
 
 def _forward(queries: Tensor, keys: Tensor, k: int, key_scales: Tensor | None) -> tuple[Tensor, Tensor]:
-    if keys.dtype in _QUANTISED:
-        kernel = _library.native_kernel("cosine_topk", queries) if keys.numel() else None
-    else:
-        kernel = _library.native_kernel("cosine_topk", queries, keys)
+    # Queries and keys may differ in dtype: float32 queries over a bfloat16 store are the usual case.
+    stored = keys.dtype in _QUANTISED or keys.dtype in _library.NATIVE_DTYPES
+    kernel = _library.native_kernel("cosine_topk", queries) if stored and keys.numel() else None
     if kernel is not None and k > 0:
         scales = None if key_scales is None else key_scales.to(torch.float32).contiguous()
         return kernel(queries.contiguous(), keys.contiguous(), k, scales)

@@ -35,5 +35,7 @@ def run(folder: str, args: list[str], until: int, kill: int) -> None:
 
 
 if __name__ == "__main__":
+    # A test run in the background was started with Ctrl-C ignored, and a child inherits that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     for until, kill in ((2, signal.SIGINT), (6, signal.SIGKILL), (sys.maxsize, 0)):
         run(sys.argv[1], sys.argv[2:], until, kill)

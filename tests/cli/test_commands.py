@@ -71,8 +71,8 @@ def test_compress_takes_a_folder(run, tmp_path, model):
 
 
 def test_search(run, store, model):
-    code, result, _ = run("search", store, "arctic birds", "a famous bridge", "-k", 3, "--json")
-    assert code == 0
+    code, result, err = run("search", store, "arctic birds", "a famous bridge", "-k", 3, "--json")
+    assert code == 0, err
     assert [entry["query"] for entry in result["results"]] == ["arctic birds", "a famous bridge"]
     hits = result["results"][0]["hits"]
     assert set(hits[0]) == {"row", "id", "score", "title", "text", "metadata"}

@@ -337,9 +337,7 @@ def candidates(batch, count, columns, num_memory, width, dtype, ragged):
 @pytest.mark.parametrize("ragged", [False, True])
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize(("batch", "count", "columns", "num_memory", "width", "k"), SELECT_SHAPES)
-def test_select_memory_matches_float64(
-    batch, count, columns, num_memory, width, k, dtype, ragged, taken_logit
-):
+def test_select_memory_matches_float64(batch, count, columns, num_memory, width, k, dtype, ragged, taken_logit):
     query, keys, memory, valid = candidates(batch, count, columns, num_memory, width, dtype, ragged)
     temperature = 0.1
     selected, indices, scores = kernels.select_memory_forward(query, keys, memory, k, temperature, valid)

@@ -37,12 +37,14 @@ def test_pretrain_compress_train_the_retriever_and_search(base, tmp_path, capsys
     out, common = str(tmp_path / "model"), ["--batch-size", "3", "--eval-every", "2"]
     scp = ["train", "scp", train, "--base", str(base), "--out", out, "--eval", train, "--doc-max-length", "32", *common]
     assert main([*scp, "--steps", "2"]) == 0
-    printed = capsys.readouterr().out
+    printed = capsys.readouterr().err
     for control in ("memory", "other memory", "no context", "full text"):
         assert control in printed
-    assert main([*scp, "--steps", "4"]) == 0
+    assert main([*scp, "--steps", "4", "--json"]) == 0
     assert (tmp_path / "model" / "checkpoint-4").is_dir()
-    assert "step 4:" in capsys.readouterr().out
+    out_text, err_text = capsys.readouterr()
+    assert "step 4:" in err_text
+    assert json.loads(out_text)["steps"] == 4
 
     corpus = write(tmp_path / "corpus.jsonl", [{"id": s["id"], "text": s["docs"][0]} for s in samples])
     store = str(tmp_path / "store")

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
+from clara_fast.cli.models import JsonOption
+from clara_fast.cli.output import note, print_json
 
 app = typer.Typer(no_args_is_help=True, help="Train a model, stage by stage.")
 
@@ -40,6 +45,7 @@ def scp(
     config: Annotated[
         Path | None, typer.Option(help="YAML of further training arguments, as transformers names them.")
     ] = None,
+    json: JsonOption = False,
 ) -> None:
     """Pretrain compressor and generator together (paper section 3.1): CE + 0.1 MSE.
 
@@ -74,8 +80,8 @@ def scp(
         "reconstruction": reconstruction,
         **_yaml(config),
     }
-    _run(ScpTrainer(clara, ScpTrainingArguments(**settings), samples, held_out), out)
-    typer.echo(f"saved to {out}; try: clara-fast compress CORPUS --model {out} --out STORE", err=True)
+    _run(ScpTrainer(clara, ScpTrainingArguments(**settings), samples, held_out), out, json)
+    note(f"saved to {out}; next: clara-fast compress CORPUS --model {out} --out STORE")
 
 
 @app.command("retriever")
@@ -96,6 +102,7 @@ def retriever(
     config: Annotated[
         Path | None, typer.Option(help="YAML of further training arguments, as transformers names them.")
     ] = None,
+    json: JsonOption = False,
 ) -> None:
     """Train the query reasoner on known question-document pairs (InfoNCE): the supervised variant of retrieval.
 
@@ -115,8 +122,8 @@ def retriever(
         **_yaml(config),
     }
     arguments = RetrieverTrainingArguments(**settings)
-    _run(RetrieverTrainer(clara, memories, arguments, questions, held_out), out)
-    typer.echo(f'saved to {out}; try: clara-fast ask {store} "QUESTION" --model {out}', err=True)
+    _run(RetrieverTrainer(clara, memories, arguments, questions, held_out), out, json)
+    note(f'saved to {out}; next: clara-fast ask {store} "QUESTION" --model {out}')
 
 
 def _common(
@@ -149,12 +156,16 @@ def _common(
     }
 
 
-def _run(trainer: Any, out: Path) -> None:
+def _run(trainer: Any, out: Path, json: bool) -> None:
     """Train, going on from the last checkpoint in ``out`` if there is one, and save the model there."""
     from transformers.trainer_utils import get_last_checkpoint
 
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(out)) if out.is_dir() else None)
+    # The Trainer logs to stdout, which is for results.
+    with contextlib.redirect_stdout(sys.stderr):
+        trainer.train(resume_from_checkpoint=get_last_checkpoint(str(out)) if out.is_dir() else None)
     trainer.model.save_pretrained(out)
+    if json:
+        print_json({"model": str(out), "steps": trainer.state.global_step, "log": trainer.state.log_history})
 
 
 def _yaml(file: Path | None) -> dict[str, Any]:

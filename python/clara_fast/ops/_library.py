@@ -3,14 +3,17 @@
 ``torch.ops.clara_fast.*`` are the public operators: schema, fake, autograd and dispatch are Python, so they
 exist without any native code. ``torch.ops.clara_fast_native.*`` are raw CPU kernels: the schemas below are
 defined here and ``lib/clara_fast_cpu.so`` implements those that it has. An operator without its kernel runs
-in plain PyTorch.
+in plain PyTorch. On GPUs the operators call the launchers of ``clara_fast.triton_kernels``, imported at first use.
 """
 
 from __future__ import annotations
 
+import importlib
 import warnings
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
+from types import ModuleType
 
 import torch
 
@@ -33,7 +36,7 @@ NATIVE_SCHEMAS = {
         "-> (Tensor, Tensor, Tensor)"
     ),
 }
-NATIVE_DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
+KERNEL_DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
 
 library = torch.library.Library("clara_fast", "DEF")
 _native_library = torch.library.Library("clara_fast_native", "DEF")
@@ -99,16 +102,38 @@ def is_plain_inference(tensor: torch.Tensor) -> bool:
 def native_kernel(name: str, *tensors: torch.Tensor) -> Callable | None:
     """The CPU kernel ``name``, if there is one that takes these tensors: of one dtype that it knows."""
     dtype = tensors[0].dtype
-    if dtype not in NATIVE_DTYPES or not tensors[0].is_cpu:
+    if dtype not in KERNEL_DTYPES or not tensors[0].is_cpu:
         return None
     kernel = native.get(name)
     if kernel is None:
         _warn_missing(name)
         return None
-    for tensor in tensors:
+    return kernel if _alike(dtype, tensors) else None
+
+
+def triton_kernels(name: str, *tensors: torch.Tensor) -> ModuleType | None:
+    """The module of Triton launchers ``name``, if Triton is there and takes these tensors: of one known dtype."""
+    dtype = tensors[0].dtype
+    if not tensors[0].is_cuda or dtype not in KERNEL_DTYPES or not _alike(dtype, tensors):
+        return None
+    return _import_triton_kernels(name)
+
+
+@lru_cache(maxsize=8)
+def _import_triton_kernels(name: str) -> ModuleType | None:
+    try:
+        return importlib.import_module(f"clara_fast.triton_kernels.{name}")
+    except ImportError as error:
+        warnings.warn(f"Triton is missing ({error}): {name} runs in plain PyTorch on GPUs", stacklevel=4)
+        return None
+
+
+def _alike(dtype: torch.dtype, tensors: tuple[torch.Tensor, ...]) -> bool:
+    # A loop, not all(): it is part of every call.
+    for tensor in tensors:  # noqa: SIM110
         if tensor.dtype is not dtype or not tensor.numel():
-            return None
-    return kernel
+            return False
+    return True
 
 
 def _warn_missing(name: str) -> None:

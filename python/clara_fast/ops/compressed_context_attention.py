@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -15,6 +16,13 @@ from clara_fast.ops.layout import ContextLayout
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 _NEVER = 1 << 62
+_TRITON_HEAD_SIZE = 256
+
+
+def _triton_kernels(query: Tensor, key: Tensor, value: Tensor) -> ModuleType | None:
+    if max(query.shape[2], value.shape[2]) > _TRITON_HEAD_SIZE:
+        return None
+    return _library.triton_kernels("compressed_context_attention", query, key, value)
 
 
 def _accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -103,7 +111,10 @@ def _forward(
     contexts: Tensor,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    plan = _plan(query, value, (q_start, q_len, kv_start, kv_len, contexts), backward=False)
+    layout = (q_start, q_len, kv_start, kv_len, contexts)
+    if triton := _triton_kernels(query, key, value):
+        return triton.compressed_context_attention_fwd(query, key, value, [x.contiguous() for x in layout], scale)
+    plan = _plan(query, value, layout, backward=False)
     heads, matmul, dtype = key.shape[1], _matmul_dtype(query), _accumulate_dtype(query.dtype)
     out_shape = (query.shape[0], query.shape[1], value.shape[2])
     if plan.covers(query.shape[0]) and len(plan.whole) == 1 and not plan.tiles:
@@ -147,6 +158,9 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradient with the weights P recomputed: dS = P * (dO V^T - rowsum(dO * O) + dlse)."""
     layout = (q_start, q_len, kv_start, kv_len, contexts)
+    if triton := _triton_kernels(query, key, value):
+        tensors = (grad_out, grad_lse, query, key, value, out, lse)
+        return triton.compressed_context_attention_bwd(*tensors, [x.contiguous() for x in layout], scale)
     # The library's kernel has no gradient of lse.
     plan = _plan(query, value, layout, backward=True) if grad_lse is None else make_plan(layout, _NEVER, 0)
     heads, matmul, dtype = key.shape[1], _matmul_dtype(query), _accumulate_dtype(query.dtype)

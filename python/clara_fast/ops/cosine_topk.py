@@ -41,7 +41,7 @@ def descending_topk(scores: Tensor, indices: Tensor, k: int) -> tuple[Tensor, Te
 
 def _forward(queries: Tensor, keys: Tensor, k: int, key_scales: Tensor | None) -> tuple[Tensor, Tensor]:
     # Queries and keys may differ in dtype: float32 queries over a bfloat16 store are the usual case.
-    stored = keys.dtype in _QUANTISED or keys.dtype in _library.NATIVE_DTYPES
+    stored = keys.dtype in _QUANTISED or keys.dtype in _library.KERNEL_DTYPES
     kernel = _library.native_kernel("cosine_topk", queries) if stored and keys.numel() else None
     if kernel is not None and k > 0:
         scales = None if key_scales is None else key_scales.to(torch.float32).contiguous()

@@ -78,8 +78,10 @@ class ContextLayout:
         """From Python lists; ``contexts`` may be ragged."""
         width = max((len(row) for row in contexts), default=0)
         padded = [list(row) + [-1] * (width - len(row)) for row in contexts]
-        rows = [torch.tensor(list(values), dtype=torch.int32) for values in (q_start, q_len, kv_start, kv_len)]
-        layout = cls(*rows, torch.tensor(padded, dtype=torch.int32).reshape(len(padded), width))
+        lists = (list(values) for values in (q_start, q_len, kv_start, kv_len))
+        starts, lengths, kv_starts, kv_lengths = (torch.tensor(values, dtype=torch.int32) for values in lists)
+        rows = torch.tensor(padded, dtype=torch.int32).reshape(len(padded), width)
+        layout = cls(starts, lengths, kv_starts, kv_lengths, rows)
         return layout if device is None else layout.to(device)
 
     @classmethod
@@ -96,15 +98,14 @@ class ContextLayout:
         device: torch.device | str | None = None,
     ) -> ContextLayout:
         """Independent causal segments, one after the other, given by ``lengths [S]`` or ``offsets [S+1]``."""
-        if (lengths is None) == (offsets is None):
+        if lengths is not None and offsets is None:
+            sizes = _int_list(lengths)
+            return cls._self_attention(sizes, [[] for _ in sizes], device)
+        if offsets is None or lengths is not None:
             raise ValueError("give exactly one of lengths and offsets")
-        if offsets is not None:
-            bounds = _int_list(offsets)
-            sizes = [end - start for start, end in pairwise(bounds)]
-            starts = bounds[:-1]
-            return cls.from_lists(starts, sizes, starts, sizes, [[] for _ in sizes], device=device)
-        sizes = _int_list(lengths)
-        return cls._self_attention(sizes, [[] for _ in sizes], device)
+        bounds = _int_list(offsets)
+        sizes = [end - start for start, end in pairwise(bounds)]
+        return cls.from_lists(bounds[:-1], sizes, bounds[:-1], sizes, [[] for _ in sizes], device=device)
 
     @classmethod
     def branches(

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import operator
 from itertools import pairwise
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from clara_fast.ops import _library
+
+_TRITON_SIZE = 16384
 
 
 def _accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -22,7 +25,7 @@ def _inverse_rms(hidden: Tensor, norm_eps: float) -> Tensor:
 
 
 def _normalise(hidden: Tensor, norm_weight: Tensor | None, inverse_rms: Tensor | None) -> Tensor:
-    if norm_weight is None:
+    if norm_weight is None or inverse_rms is None:
         return hidden
     return (hidden.to(inverse_rms.dtype) * inverse_rms).to(hidden.dtype) * norm_weight
 
@@ -60,13 +63,20 @@ def _memory_rows(offsets: Tensor, num_memory: int) -> Tensor:
 def _forward(
     hidden: Tensor, offsets: Tensor, num_memory: int, norm_weight: Tensor | None, norm_eps: float
 ) -> tuple[Tensor, Tensor]:
-    kernel = _library.native_kernel(
-        "pool_memory_forward", *((hidden,) if norm_weight is None else (hidden, norm_weight))
-    )
-    if kernel is not None and offsets.shape[0] > 1:
+    floating = (hidden,) if norm_weight is None else (hidden, norm_weight)
+    if offsets.shape[0] > 1:
         weight = None if norm_weight is None else norm_weight.contiguous()
-        return kernel(hidden.contiguous(), offsets.contiguous(), num_memory, weight, norm_eps)
+        arguments = (hidden.contiguous(), offsets.contiguous(), num_memory, weight, norm_eps)
+        if kernel := _library.native_kernel("pool_memory_forward", *floating):
+            return kernel(*arguments)
+        if triton := _triton_kernels(*floating):
+            return triton.pool_memory_fwd(*arguments)
     return _forward_plain(hidden, offsets, num_memory, norm_weight, norm_eps)
+
+
+def _triton_kernels(hidden: Tensor, *others: Tensor) -> ModuleType | None:
+    """The launchers, for rows that fit a program's registers."""
+    return _library.triton_kernels("pool_memory", hidden, *others) if hidden.shape[1] <= _TRITON_SIZE else None
 
 
 def _forward_plain(
@@ -89,20 +99,16 @@ def _backward(
     norm_weight: Tensor | None,
     norm_eps: float,
 ) -> tuple[Tensor, Tensor]:
-    weights = [] if norm_weight is None else [norm_weight]
-    kernel = _library.native_kernel("pool_memory_backward", hidden, grad_memory, *weights)
-    if kernel is not None and offsets.shape[0] > 1:
+    floating = (hidden, grad_memory) if norm_weight is None else (hidden, grad_memory, norm_weight)
+    if offsets.shape[0] > 1:
         weight = None if norm_weight is None else norm_weight.contiguous()
-        grad_hidden, grad_weight = kernel(
-            grad_memory.contiguous(),
-            grad_mse.contiguous(),
-            hidden.contiguous(),
-            offsets.contiguous(),
-            num_memory,
-            weight,
-            norm_eps,
-        )
-        return grad_hidden, hidden.new_empty(0) if weight is None else grad_weight.to(weight.dtype)
+        arguments = (hidden.contiguous(), offsets.contiguous(), num_memory, weight, norm_eps)
+        upstream = (grad_memory.contiguous(), grad_mse.contiguous())
+        if kernel := _library.native_kernel("pool_memory_backward", *floating):
+            grad_hidden, grad_weight = kernel(*upstream, *arguments)
+            return grad_hidden, hidden.new_empty(0) if weight is None else grad_weight.to(weight.dtype)
+        if triton := _triton_kernels(*floating):
+            return triton.pool_memory_bwd(*upstream, *arguments)
     return _backward_plain(grad_memory, grad_mse, hidden, offsets, num_memory, norm_weight, norm_eps)
 
 
@@ -129,7 +135,7 @@ def _backward_plain(
     grad_rows = runs.index_select(0, torch.searchsorted(bounds, row_index, right=True))
     memory_rows = _memory_rows(offsets, num_memory)
     grad_rows.index_add_(0, memory_rows, grad_memory.to(dtype).flatten(0, 1))
-    if norm_weight is None:
+    if norm_weight is None or inverse_rms is None:
         return grad_rows.to(hidden.dtype), hidden.new_empty(0)
     normalised = hidden.to(dtype) * inverse_rms
     grad_weight = (grad_rows * normalised.to(hidden.dtype)).sum(0)
@@ -187,8 +193,15 @@ def _check(hidden: Tensor, offsets: Tensor, num_memory: int, norm_weight: Tensor
         raise ValueError(f"offsets must be on the device of hidden ({hidden.device}), is on {offsets.device}")
     if num_memory < 1:
         raise ValueError(f"num_memory ({num_memory}) must be at least 1")
-    if norm_weight is not None and norm_weight.shape != hidden.shape[1:]:
-        raise ValueError(f"norm_weight must have shape [D] = {list(hidden.shape[1:])}, got {list(norm_weight.shape)}")
+    if norm_weight is not None:
+        if norm_weight.shape != hidden.shape[1:]:
+            raise ValueError(
+                f"norm_weight must have shape [D] = {list(hidden.shape[1:])}, got {list(norm_weight.shape)}"
+            )
+        if norm_weight.device != hidden.device:
+            raise ValueError(
+                f"norm_weight must be on the device of hidden ({hidden.device}), is on {norm_weight.device}"
+            )
 
 
 def _check_offsets(offsets: Tensor, num_memory: int, rows: int) -> None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from clara_fast.ops import _library
 from clara_fast.ops.cosine_topk import descending_topk
+
+_TRITON_CANDIDATES = 4096
 
 
 def _accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -29,11 +32,20 @@ def _forward(
     taken_logit: float,
     valid: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    kernel = _library.native_kernel("select_memory_forward", query, keys, memory)
-    if kernel is not None and 0 < k <= keys.shape[1]:
+    if 0 < k <= keys.shape[1]:
+        tensors = (query.contiguous(), keys.contiguous(), memory.contiguous())
         mask = None if valid is None else valid.contiguous()
-        return kernel(query.contiguous(), keys.contiguous(), memory.contiguous(), k, temperature, mask)
+        if kernel := _library.native_kernel("select_memory_forward", *tensors):
+            return kernel(*tensors, k, temperature, mask)
+        if triton := _triton_kernels(*tensors):
+            return triton.select_memory_fwd(*tensors, k, mask)
     return _forward_plain(query, keys, memory, k, valid)
+
+
+def _triton_kernels(query: Tensor, keys: Tensor, *others: Tensor) -> ModuleType | None:
+    """The launchers, for as many candidates as fit a program's registers."""
+    few = keys.shape[1] <= _TRITON_CANDIDATES
+    return _library.triton_kernels("select_memory", query, keys, *others) if few else None
 
 
 def _forward_plain(
@@ -80,20 +92,15 @@ def _backward(
     taken_logit: float,
     valid: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    kernel = _library.native_kernel("select_memory_backward", query, keys, memory, grad_selected)
-    if kernel is not None and 0 < indices.shape[1] <= keys.shape[1]:
-        return kernel(
-            grad_selected.contiguous(),
-            grad_scores.contiguous(),
-            query.contiguous(),
-            keys.contiguous(),
-            memory.contiguous(),
-            indices.contiguous(),
-            scores.contiguous(),
-            temperature,
-            taken_logit,
-            None if valid is None else valid.contiguous(),
-        )
+    if 0 < indices.shape[1] <= keys.shape[1]:
+        mask = None if valid is None else valid.contiguous()
+        tensors = [tensor.contiguous() for tensor in (query, keys, memory)]
+        upstream = (grad_selected.contiguous(), grad_scores.contiguous())
+        arguments = (*upstream, *tensors, indices.contiguous(), scores.contiguous(), temperature, taken_logit, mask)
+        if kernel := _library.native_kernel("select_memory_backward", *tensors, grad_selected):
+            return kernel(*arguments)
+        if triton := _triton_kernels(*tensors, grad_selected):
+            return triton.select_memory_bwd(*arguments)
     return _backward_plain(
         grad_selected, grad_scores, query, keys, memory, indices, scores, temperature, taken_logit, valid
     )
@@ -229,6 +236,8 @@ def _check(
             raise ValueError(f"{name} must be on the device of query ({query.device}), is on {tensor.device}")
     if valid is not None and (valid.shape != keys.shape[:2] or valid.dtype != torch.bool):
         raise ValueError(f"valid must be bool [B, N] = {list(keys.shape[:2])}, got {valid.dtype} {list(valid.shape)}")
+    if valid is not None and valid.device != query.device:
+        raise ValueError(f"valid must be on the device of query ({query.device}), is on {valid.device}")
     if k < 0:
         raise ValueError(f"k ({k}) must not be negative")
     if not temperature > 0:

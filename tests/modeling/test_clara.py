@@ -8,7 +8,7 @@ import warnings
 import pytest
 import torch
 
-from clara_fast import Clara
+from clara_fast import Clara, MemoryStore
 from clara_fast.modeling import roles
 from clara_fast.modeling.packing import group_prompts, pack_documents, pack_prompts
 from tests.modeling.tiny import ARCHITECTURES, DOCUMENTS, make_base
@@ -93,6 +93,22 @@ def test_answers_from_documents_memory_and_text(any_model):
     batch = any_model.answer([question, "Who?"], documents=[documents, documents[:2]], top_k=2, max_new_tokens=6)
     assert batch[0].text == by_memory.text
     assert len(any_model.paraphrase(memory, max_new_tokens=5)) == 2
+
+
+def test_answers_from_a_store(model, base, tmp_path):
+    documents = [document[:80] for document in DOCUMENTS[:4]]
+    with MemoryStore.create(tmp_path / "store", model, dtype="float32") as store:
+        store.add(list("abcd"), documents, model.compress(documents))
+    by_store = model.answer("What is it made of?", store=store, top_k=2, max_new_tokens=6)
+    by_documents = model.answer("What is it made of?", documents=documents, top_k=2, max_new_tokens=6)
+    assert by_store.text == by_documents.text
+    assert [d.id for d in by_store.documents] == ["abcd"[int(d.id)] for d in by_documents.documents]
+    assert by_store.timings.keys() == {"query", "search", "generate"}
+    with pytest.raises(ValueError, match=r"top_k \(9\) must be at least 1 and at most the number of documents \(4\)"):
+        model.answer("What?", store=store, top_k=9)
+    foreign = fresh(base, doc_max_length=32, compression_rate=8)
+    with pytest.raises(ValueError, match="was written by another model"):
+        foreign.answer("What?", store=store, top_k=1)
 
 
 def test_generation_options_and_streaming(model):

@@ -20,6 +20,10 @@ if TYPE_CHECKING:
 class Store(Protocol):
     """What :func:`answer` needs of a :class:`clara_fast.MemoryStore`."""
 
+    def __len__(self) -> int: ...
+
+    def check_model(self, model: Any) -> None: ...
+
     def search(self, queries: Tensor, k: int) -> list[list[Any]]: ...
 
     def memory(self, rows: Sequence[int]) -> Tensor: ...
@@ -78,7 +82,8 @@ def answer(
         One :class:`Answer` for one question, a list for several.
 
     Raises:
-        ValueError: none or several sources were given, or ``top_k`` exceeds the number of documents.
+        ValueError: none or several sources were given, ``top_k`` exceeds the number of documents, or another model
+            wrote the store.
     """
     if sum(source is not None for source in (store, documents, memory)) != 1:
         raise ValueError("answer() reads from exactly one of store, documents and memory")
@@ -99,11 +104,13 @@ def answer(
         memories = list(given)
         sources = [[Source(id=str(i), score=None) for i in range(given.shape[1])] for _ in batch]
     else:
+        if store is not None:
+            store.check_model(model)
         with _timed(timings, "query"):
             queries = model.encode_queries(batch)
         if store is not None:
             with _timed(timings, "search"):
-                hits = store.search(queries, _top_k(model, top_k, len(store)))  # type: ignore[arg-type]
+                hits = store.search(queries, _top_k(model, top_k, len(store)))
                 memories = [store.memory([hit.row for hit in found]) for found in hits]
             sources = [[Source(h.id, h.score, h.text, h.title) for h in found] for found in hits]
         else:

@@ -12,6 +12,7 @@ from itertools import groupby
 from pathlib import Path
 from types import MappingProxyType, TracebackType
 from typing import Any, Protocol, Self
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -46,6 +47,7 @@ class MemoryStore:
         self.path = path
         self._lock: WriterLock | None = None
         self._ids: dict[str, int] | None = None
+        self._accepted: WeakSet[Any] = WeakSet()
         self._adopt(manifest)
 
     @classmethod
@@ -127,7 +129,12 @@ class MemoryStore:
         return (Path(path) / MANIFEST_FILE).is_file()
 
     def check_model(self, model: Writer) -> None:
-        """Raise :class:`StoreMismatchError` unless ``model`` is the one that wrote the store."""
+        """Raise :class:`StoreMismatchError` unless ``model`` is the one that wrote the store.
+
+        A model is looked at once: its fingerprint reads every weight of the compressor.
+        """
+        if model in self._accepted:
+            return
         facts = self._manifest.model
         if model.fingerprint != facts.fingerprint:
             where = f", {facts.loaded_from['name_or_path']}" if "name_or_path" in facts.loaded_from else ""
@@ -136,6 +143,7 @@ class MemoryStore:
                 f"not by this one ({model.fingerprint}): "
                 "use that model, or compress the corpus again into a new store"
             )
+        self._accepted.add(model)
 
     def __len__(self) -> int:
         return self._manifest.rows

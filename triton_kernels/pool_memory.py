@@ -70,7 +70,7 @@ def pool_memory_sums_kernel(
     if HAS_NORM:
         b_w = tl.load(p_weight + o_d, in_d, 0.0).to(tl.float32)
     for row in range(first, last, BLOCK_T):
-        o_t = row + tl.arange(0, BLOCK_T)
+        o_t = row + tl.arange(0, BLOCK_T).to(tl.int64)
         in_t = o_t < last
         # [BLOCK_T, BLOCK_D]
         inside = in_t[:, None] & in_d[None, :]
@@ -167,7 +167,7 @@ def pool_memory_bwd_kernel(
     if HAS_NORM:
         b_w = tl.load(p_weight + o_d, in_d, 0.0).to(tl.float32)
     for row in range(first, last, BLOCK_T):
-        o_t = row + tl.arange(0, BLOCK_T)
+        o_t = row + tl.arange(0, BLOCK_T).to(tl.int64)
         in_t = o_t < last
         # [BLOCK_T, BLOCK_D]
         inside = in_t[:, None] & in_d[None, :]

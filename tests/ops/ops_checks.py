@@ -1,9 +1,12 @@
 """What the tests of all operators share."""
 
+import mmap
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
+
+from clara_fast.ops import ContextLayout
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -68,3 +71,30 @@ def assert_same(operator: Callable, reference: Callable, inputs: list[Tensor], t
     for ours, theirs in zip(values_and_grads(operator, inputs), values_and_grads(reference, inputs), strict=True):
         assert ours.dtype == theirs.dtype
         torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
+
+
+def vast_zeros(*shape: int, dtype: torch.dtype) -> Tensor:
+    """Zeros that take memory only where they are touched, for offsets past 2^31 elements."""
+    size = torch.Size(shape).numel() * dtype.itemsize
+    no_reserve = 0x4000
+    buffer = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | no_reserve)
+    return torch.frombuffer(buffer, dtype=dtype).view(shape)
+
+
+def vast_pool_memory_arguments() -> tuple[Tensor, Tensor, Tensor]:
+    """hidden of more than 2^31 elements whose last rows hold something, their offsets, and these rows."""
+    rows, size, last = 2**17 + 9, 16384, 7
+    hidden = vast_zeros(rows, size, dtype=torch.float16)
+    hidden[-last:] = torch.randn(last, size)
+    return hidden, torch.tensor([rows - last, rows], dtype=torch.int32), hidden[-last:].clone()
+
+
+def vast_attention_arguments() -> tuple[list[Tensor], ContextLayout, list[Tensor], ContextLayout]:
+    """One query on the last rows of more than 2^31 elements of keys, and the same on a copy of these rows."""
+    rows, last = 2**24 + 9, 7
+    key = vast_zeros(rows, 2, 64, dtype=torch.float16)
+    key[-last:] = torch.randn(last, 2, 64)
+    query = torch.randn(1, 2, 64).half()
+    layout = ContextLayout.from_lists([0], [1], [rows - last], [last], [[]])
+    short = key[-last:].clone()
+    return [query, key, key], layout, [query, short, short], ContextLayout.from_lists([0], [1], [0], [last], [[]])

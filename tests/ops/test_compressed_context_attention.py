@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ops_checks import DTYPES, assert_same, assert_within_budget, values_and_grads
+from ops_checks import DTYPES, assert_same, assert_within_budget, values_and_grads, vast_attention_arguments
 
 from clara_fast import ops
 from clara_fast.ops import ContextLayout, _attention_plan, reference
@@ -259,3 +259,9 @@ def test_errors(change, message):
     } | change
     with pytest.raises(ValueError, match=message):
         ops.compressed_context_attention(**inputs, layout=ContextLayout.packed([3]))
+
+
+def test_offsets_past_int32():
+    vast, vast_layout, short, short_layout = vast_attention_arguments()
+    out = ops.compressed_context_attention(*vast, vast_layout)
+    torch.testing.assert_close(out, ops.compressed_context_attention(*short, short_layout))

@@ -2,7 +2,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ops_checks import DTYPES, assert_same, assert_within_budget, values_and_grads
+from ops_checks import DTYPES, assert_same, assert_within_budget, values_and_grads, vast_pool_memory_arguments
 
 from clara_fast import ops
 from clara_fast.ops import reference
@@ -176,3 +176,11 @@ def test_errors(change, message):
     }
     with pytest.raises(ValueError, match=message):
         ops.pool_memory(**(arguments | change))
+
+
+def test_offsets_past_int32():
+    hidden, offsets, rows = vast_pool_memory_arguments()
+    memory, mse = ops.pool_memory(hidden, offsets, 2)
+    assert torch.equal(memory[0], rows[5:])
+    expected = reference.pool_memory(rows.double(), torch.tensor([0, 7], dtype=torch.int32), 2)[1]
+    torch.testing.assert_close(mse.double(), expected, rtol=1e-5, atol=0)

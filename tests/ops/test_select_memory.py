@@ -234,7 +234,7 @@ def test_non_contiguous_inputs(dtype):
         ),
         (
             {"memory": torch.zeros(2, 5, 1, 4).half()},
-            r"memory must have the dtype of query \(torch.float32\)",
+            r"keys and memory must have the dtype of query \(torch.float32\), got torch.float32, torch.float16",
         ),
         ({"valid": torch.ones(2, 5)}, r"valid must be bool \[B, N\] = \[2, 5\], got torch.float32 \[2, 5\]"),
         ({"k": -1}, r"k \(-1\) must not be negative"),

@@ -9,7 +9,7 @@ import os
 
 import pytest
 import torch
-from ops_checks import assert_within_budget, values_and_grads
+from ops_checks import assert_within_budget, values_and_grads, vast_attention_arguments, vast_pool_memory_arguments
 
 from clara_fast import ops
 from clara_fast.ops import ContextLayout, _library, reference
@@ -166,3 +166,17 @@ def test_attention_gradient_of_lse_and_strided_inputs():
     exact = values_and_grads(through, [tensor.double() for tensor in inputs])
     for mine, true in zip(ours, exact, strict=True):
         torch.testing.assert_close(mine.double(), true, rtol=1e-4, atol=1e-5)
+
+
+def test_pool_memory_past_int32():
+    hidden, offsets, rows = vast_pool_memory_arguments()
+    memory, mse = ops.pool_memory(hidden, offsets, 2)
+    assert torch.equal(memory[0], rows[5:])
+    expected = reference.pool_memory(rows.double(), torch.tensor([0, 7], dtype=torch.int32), 2)[1]
+    torch.testing.assert_close(mse.double(), expected, rtol=1e-5, atol=0)
+
+
+def test_attention_past_int32():
+    vast, vast_layout, short, short_layout = vast_attention_arguments()
+    out = ops.compressed_context_attention(*vast, vast_layout)
+    torch.testing.assert_close(out, ops.compressed_context_attention(*short, short_layout))

@@ -222,18 +222,20 @@ def _check(
 ) -> None:
     if query.dim() != 2 or not query.is_floating_point():
         raise ValueError(f"query must be floating point [B, R], got {query.dtype} {list(query.shape)}")
-    batch, size = query.shape
-    if keys.dim() != 3 or keys.shape[0] != batch or keys.shape[2] != size:
-        raise ValueError(f"keys must have shape [B, N, R] with B = {batch} and R = {size}, got {list(keys.shape)}")
-    if memory.dim() != 4 or memory.shape[:2] != keys.shape[:2]:
+    b, n, r = keys.shape if keys.dim() == 3 else (-1, -1, -1)
+    if query.shape != (b, r):
         raise ValueError(
-            f"memory must have shape [B, N, m, D] with [B, N] = {list(keys.shape[:2])}, got {list(memory.shape)}"
+            f"keys must have shape [B, N, R] with B = {query.shape[0]} and R = {query.shape[1]}, got {list(keys.shape)}"
         )
-    for name, tensor in (("keys", keys), ("memory", memory)):
-        if tensor.dtype != query.dtype:
-            raise ValueError(f"{name} must have the dtype of query ({query.dtype}), got {tensor.dtype}")
-        if tensor.device != query.device:
-            raise ValueError(f"{name} must be on the device of query ({query.device}), is on {tensor.device}")
+    if memory.dim() != 4 or memory.shape[:2] != (b, n):
+        raise ValueError(f"memory must have shape [B, N, m, D] with [B, N] = {[b, n]}, got {list(memory.shape)}")
+    dtype, device = query.dtype, query.device
+    if keys.dtype is not dtype or memory.dtype is not dtype:
+        raise ValueError(f"keys and memory must have the dtype of query ({dtype}), got {keys.dtype}, {memory.dtype}")
+    if keys.device != device or memory.device != device:
+        raise ValueError(
+            f"keys and memory must be on the device of query ({device}), are on {keys.device}, {memory.device}"
+        )
     if valid is not None and (valid.shape != keys.shape[:2] or valid.dtype != torch.bool):
         raise ValueError(f"valid must be bool [B, N] = {list(keys.shape[:2])}, got {valid.dtype} {list(valid.shape)}")
     if valid is not None and valid.device != query.device:

@@ -1,4 +1,4 @@
-"""The supervised variant of the retriever: InfoNCE on the query reasoner (reference.md section 2, paper section 4).
+"""The supervised variant of the retriever: InfoNCE on the query reasoner over known question-document pairs.
 
 Documents' memories are read from a store, not computed: the compressor that wrote them is frozen.
 """
@@ -13,11 +13,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import TrainingArguments
 
 from clara_fast.modeling import Clara
 from clara_fast.training.data import is_text, read_rows
-from clara_fast.training.trainer import ClaraTrainer
+from clara_fast.training.trainer import ClaraTrainer, ClaraTrainingArguments
 
 if TYPE_CHECKING:
     from clara_fast.store import MemoryStore
@@ -57,15 +56,9 @@ def read_questions(path: str | Path, store: MemoryStore) -> list[RetrieverSample
 
 
 @dataclass
-class RetrieverTrainingArguments(TrainingArguments):
-    """transformers' arguments with the paper's settings as defaults, and those of this stage."""
+class RetrieverTrainingArguments(ClaraTrainingArguments):
+    """transformers' arguments, and those of this stage."""
 
-    learning_rate: float = 1e-4
-    lr_scheduler_type: str = "cosine_with_min_lr"
-    lr_scheduler_kwargs: dict[str, Any] | str | None = field(default_factory=lambda: {"min_lr_rate": 0.1})
-    warmup_steps: float = 0.03
-    adam_beta2: float = 0.95
-    remove_unused_columns: bool = False
     temperature: float = field(default=0.02, metadata={"help": "Cosines are divided by it."})
     negatives: int = field(default=1024, metadata={"help": "Documents drawn from the store against each batch."})
 

@@ -8,26 +8,18 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import TrainingArguments
 
 from clara_fast.modeling import Clara
 from clara_fast.training.collation import ScpCollator
 from clara_fast.training.controls import answer_losses, format_losses
 from clara_fast.training.data import ScpSample
-from clara_fast.training.trainer import ClaraTrainer
+from clara_fast.training.trainer import ClaraTrainer, ClaraTrainingArguments
 
 
 @dataclass
-class ScpTrainingArguments(TrainingArguments):
-    """transformers' arguments with the paper's settings as defaults, and those of this stage."""
+class ScpTrainingArguments(ClaraTrainingArguments):
+    """transformers' arguments, and those of this stage."""
 
-    learning_rate: float = 1e-4
-    lr_scheduler_type: str = "cosine_with_min_lr"
-    lr_scheduler_kwargs: dict[str, Any] | str | None = field(default_factory=lambda: {"min_lr_rate": 0.1})
-    warmup_steps: float = 0.03
-    adam_beta2: float = 0.95
-    max_grad_norm: float = 1.0
-    remove_unused_columns: bool = False
     mse_weight: float = field(default=0.1, metadata={"help": "Weight of the MSE between mean memory and text state."})
     memory_learning_rate: float | None = field(
         default=None, metadata={"help": "Learning rate of the memory tokens; default learning_rate."}

@@ -2,15 +2,30 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import Trainer
+from transformers import Trainer, TrainingArguments
 from transformers.trainer import TRAINING_ARGS_NAME
 
 from clara_fast.modeling import Clara
+
+
+@dataclass
+class ClaraTrainingArguments(TrainingArguments):
+    """transformers' arguments, with the paper's settings as defaults."""
+
+    learning_rate: float = 1e-4
+    lr_scheduler_type: str = "cosine_with_min_lr"
+    lr_scheduler_kwargs: dict[str, Any] | str | None = field(default_factory=lambda: {"min_lr_rate": 0.1})
+    warmup_steps: float = 0.03
+    adam_beta2: float = 0.95
+    max_grad_norm: float = 1.0
+    # Batches hold packed sequences, whose fields the Trainer does not know.
+    remove_unused_columns: bool = False
 
 
 class ClaraTrainer(Trainer):

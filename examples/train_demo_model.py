@@ -28,8 +28,8 @@ def main(
     base: Annotated[Path, typer.Option(help="SmolLM2-135M-Instruct; make demo leaves it in its cache.")],
     data: Annotated[Path, typer.Option(help="Folder with scp_train.jsonl.gz and scp_dev.jsonl.gz.")],
     out: Annotated[Path, typer.Option(help="Folder for everything that is made.")],
-    scp_steps: Annotated[int, typer.Option(help="Optimizer steps of 8 passages.")] = 260,
-    retriever_passages: Annotated[int, typer.Option(help="Passages whose questions train the retriever.")] = 600,
+    scp_steps: Annotated[int, typer.Option(help="Optimizer steps of 8 passages.")] = 200,
+    retriever_passages: Annotated[int, typer.Option(help="Passages whose questions train the retriever.")] = 450,
     retriever_steps: Annotated[int, typer.Option(help="Optimizer steps of 32 questions.")] = 45,
 ) -> None:
     """Train the demo's model."""
@@ -40,7 +40,7 @@ def main(
     run("train", "scp", out / "scp.jsonl", "--base", base, "--out", out / "scp",
         "--eval", data / "scp_dev.jsonl.gz", "--eval-samples", 24, "--eval-every", 40, "--steps", scp_steps,
         "--compression-rate", 8, "--lora-r", 8, "--lora-dropout", 0, "--connector", "--spread",
-        "--batch-size", 8, "--learning-rate", 1e-3, "--reconstruction", 0.25, "--dtype", "float32",
+        "--batch-size", 8, "--learning-rate", 1e-3, "--reconstruction", 0.2, "--dtype", "float32",
         "--config", settings)  # fmt: skip
     run("compress", out / "passages.jsonl", "--model", out / "scp", "--out", out / "store")
     run("train", "retriever", out / "questions.jsonl", "--store", out / "store", "--model", out / "scp",

@@ -363,6 +363,14 @@ class TestDamagedCheckpoint:
         with pytest.raises(FileNotFoundError, match="does not exist"):
             Clara.from_pretrained(tmp_path / "nowhere")
 
+    def test_unknown_adapter(self, model, tmp_path):
+        model.save_pretrained(tmp_path / "theirs", format="ml-clara")
+        file = tmp_path / "theirs" / "adapters.pth"
+        adapters = torch.load(file, weights_only=True)
+        torch.save({**adapters, "critic_adapter": adapters["encoder_adapter"]}, file)
+        with pytest.raises(ValueError, match=r"adapters\.pth holds an unknown adapter: critic_adapter"):
+            Clara.from_pretrained(tmp_path / "theirs")
+
     def test_reference_checkpoint_that_is_not_plain_tensors(self, model, tmp_path):
         model.save_pretrained(tmp_path / "theirs", format="ml-clara")
         (tmp_path / "theirs" / "adapters.pth").write_bytes(b"garbage")

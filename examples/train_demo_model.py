@@ -53,6 +53,9 @@ def main(
     model.config.top_k = 1
     model.config.base_model = "HuggingFaceTB/SmolLM2-135M-Instruct"
     model.save_pretrained(out / "model")
+    # The base model has the same tokenizer, without its added tokens: 3.5 MB that the repository need not hold.
+    for file in (*(out / "model").glob("tokenizer*"), out / "model" / "chat_template.jinja"):
+        file.unlink()
 
 
 def prepare(scp_train: Path, out: Path, num_passages: int) -> None:

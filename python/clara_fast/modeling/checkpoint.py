@@ -39,7 +39,8 @@ def load_base(
     try:
         lm: Any = AutoModelForCausalLM.from_pretrained(base_model, dtype=dtype, attn_implementation=IMPLEMENTATION)
         own = saved is not None and (saved / "tokenizer_config.json").is_file()
-        tokenizer = AutoTokenizer.from_pretrained(saved if own else base_model)
+        # The folder's own config.json is ours, not one that transformers knows.
+        tokenizer = AutoTokenizer.from_pretrained(saved if own else base_model, config=lm.config)
     except (OSError, ValueError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(f"base_model ({base_model!r}) cannot be loaded: {reason}") from error

@@ -90,6 +90,8 @@ def default_role(backbone: nn.Module, role: str) -> Iterator[None]:
 def _follow_role_keyword(lm: nn.Module) -> None:
     for layer in _decoder_layers(lm):
         attention = _attention_of(layer)
+        if attention is None:
+            raise ValueError(f"{type(layer).__name__} passes no keywords to attention, which clara_fast's roles need")
         adapters = [module for module in layer.modules() if isinstance(module, LoraLayer)]
         attention.register_forward_pre_hook(_RoleSwitch(adapters), with_kwargs=True)
 
@@ -111,21 +113,20 @@ class _RoleSwitch:
 def _decoder_layers(lm: nn.Module) -> list[nn.Module]:
     """The repeated blocks: the longest ModuleList whose blocks hold an attention module."""
     lists = [list(m) for m in lm.modules() if isinstance(m, nn.ModuleList) and len(m)]
-    lists = [layers for layers in lists if _attention_of(layers[0], missing_ok=True) is not None]
+    lists = [layers for layers in lists if _attention_of(layers[0]) is not None]
     if not lists:
         raise ValueError(f"{type(lm).__name__} has no stack of decoder layers with attention that clara_fast knows")
     return max(lists, key=len)
 
 
-def _attention_of(layer: nn.Module, missing_ok: bool = False) -> nn.Module:
+def _attention_of(layer: nn.Module) -> nn.Module | None:
+    """The layer's attention module, if there is one that takes keywords."""
     for name, child in layer.named_children():
         if "attn" in name or "attention" in name:
             accepts = inspect.signature(child.forward).parameters.values()
             if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in accepts):
                 return child
-    if missing_ok:
-        return None  # type: ignore[return-value]  # the one caller that asks for it checks
-    raise ValueError(f"{type(layer).__name__} passes no keywords to its attention, which clara_fast's roles need")
+    return None
 
 
 def run_backbone(backbone: nn.Module, role: str, layout: Any, embeds: Tensor, position_ids: Tensor) -> Tensor:

@@ -72,7 +72,7 @@ def scp(
             connector=connector,
             memory_positions="spread" if spread else "after",
         )
-        if connector:
+        if connector and _last_checkpoint(out) is None:
             clara.calibrate_connector([s.document for s in samples[:CALIBRATION_PASSAGES]])
     settings = {
         **_common(out, steps, epochs, batch_size, learning_rate, eval_every, seed, evaluate=held_out is not None),
@@ -158,14 +158,18 @@ def _common(
 
 def _run(trainer: Any, out: Path, json: bool) -> None:
     """Train, going on from the last checkpoint in ``out`` if there is one, and save the model there."""
-    from transformers.trainer_utils import get_last_checkpoint
-
     # The Trainer logs to stdout, which is for results.
     with contextlib.redirect_stdout(sys.stderr):
-        trainer.train(resume_from_checkpoint=get_last_checkpoint(str(out)) if out.is_dir() else None)
+        trainer.train(resume_from_checkpoint=_last_checkpoint(out))
     trainer.model.save_pretrained(out)
     if json:
         print_json({"model": str(out), "steps": trainer.state.global_step, "log": trainer.state.log_history})
+
+
+def _last_checkpoint(out: Path) -> str | None:
+    from transformers.trainer_utils import get_last_checkpoint
+
+    return get_last_checkpoint(str(out)) if out.is_dir() else None
 
 
 def _yaml(file: Path | None) -> dict[str, Any]:

@@ -35,7 +35,8 @@ def test_pretrain_compress_train_the_retriever_and_search(base, tmp_path, capsys
     ]
     train = write(tmp_path / "train.jsonl", samples)
     out, common = str(tmp_path / "model"), ["--batch-size", "3", "--eval-every", "2"]
-    scp = ["train", "scp", train, "--base", str(base), "--out", out, "--eval", train, "--doc-max-length", "32", *common]
+    scp = ["train", "scp", train, "--base", str(base), "--out", out, "--eval", train, "--doc-max-length", "32"]
+    scp += ["--connector", "--spread", *common]
     assert main([*scp, "--steps", "2"]) == 0
     printed = capsys.readouterr().err
     for control in ("memory", "other memory", "no context", "full text"):

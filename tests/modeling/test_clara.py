@@ -363,6 +363,12 @@ class TestDamagedCheckpoint:
         with pytest.raises(FileNotFoundError, match="does not exist"):
             Clara.from_pretrained(tmp_path / "nowhere")
 
+    def test_settings_without_a_base(self, model, tmp_path):
+        model.save_pretrained(tmp_path / "theirs", format="ml-clara")
+        (tmp_path / "theirs" / "config.json").write_text(json.dumps({"model_type": "CLaRa"}))
+        with pytest.raises(ValueError, match=r"config\.json names no decoder_model_name"):
+            Clara.from_pretrained(tmp_path / "theirs")
+
     def test_unknown_adapter(self, model, tmp_path):
         model.save_pretrained(tmp_path / "theirs", format="ml-clara")
         file = tmp_path / "theirs" / "adapters.pth"

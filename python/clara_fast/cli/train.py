@@ -167,9 +167,9 @@ def _run(trainer: Any, out: Path, json: bool) -> None:
 
 
 def _last_checkpoint(out: Path) -> str | None:
-    from transformers.trainer_utils import get_last_checkpoint
-
-    return get_last_checkpoint(str(out)) if out.is_dir() else None
+    """The latest checkpoint that is whole: the Trainer writes its state file last, and a kill may come before."""
+    whole = [file.parent for file in out.glob("checkpoint-*/trainer_state.json")]
+    return str(max(whole, key=lambda folder: int(folder.name.rpartition("-")[2]))) if whole else None
 
 
 def _yaml(file: Path | None) -> dict[str, Any]:

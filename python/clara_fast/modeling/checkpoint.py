@@ -88,7 +88,11 @@ def load_weights(model: Clara, folder: Path) -> None:
 
 
 def save_model(model: Clara, path: Path, format: str, adapter_dtype: torch.dtype) -> None:
-    """Write into a temporary folder beside ``path``, then rename: a killed process leaves the old one or the new."""
+    """Write into a temporary folder beside ``path``, then rename.
+
+    A new folder appears whole. In one that is there, file after file is replaced: each is the old one or the new,
+    whatever is killed when, and other files (a trainer's state) stay.
+    """
     writers = {MODEL_TYPE: _write, "ml-clara": ml_clara.write}
     if format not in writers:
         raise ValueError(f"format ({format!r}) must be one of {sorted(writers)}")
@@ -98,12 +102,10 @@ def save_model(model: Clara, path: Path, format: str, adapter_dtype: torch.dtype
         writers[format](model, temporary, adapter_dtype)
         temporary.chmod(0o755)
         if path.is_dir():
-            # Other files of the folder (a trainer's state, a store's notes) stay where they are.
-            for entry in temporary.iterdir():
-                target = path / entry.name
-                if target.is_dir():
-                    shutil.rmtree(target)
-                os.replace(entry, target)
+            for file in [entry for entry in temporary.rglob("*") if entry.is_file()]:
+                target = path / file.relative_to(temporary)
+                target.parent.mkdir(exist_ok=True)
+                os.replace(file, target)
         else:
             os.replace(temporary, path)
     finally:
@@ -208,9 +210,10 @@ def _load_memory(model: Clara, file: Path) -> None:
     model.own_tables = "embed_tokens.weight" in state
     if model.own_tables:
         targets |= {f"{name}.weight": layer.weight.data for name, layer in rows.items()}
-    for name, target in targets.items():
+    for name in (*targets, *(f"{name}.added_rows" for name in rows)):
         if name not in state:
             raise ValueError(f"{file} lacks the tensor {name}")
+    for name, target in targets.items():
         if state[name].shape != target.shape:
             raise ValueError(
                 f"{name} in {file} has shape {tuple(state[name].shape)}, the model needs {tuple(target.shape)}"

@@ -154,7 +154,7 @@ class Clara(nn.Module):
     def save_pretrained(
         self, path: str | Path, *, format: str = "clara_fast", adapter_dtype: torch.dtype = torch.bfloat16
     ) -> None:
-        """Write the model (without its base) to ``path``; it is complete there or not there at all.
+        """Write the model (without its base) to ``path``: a new folder appears whole, files in an old one one by one.
 
         ``format="clara_fast"``: one folder per role that peft can load, ``memory.safetensors``, ``config.json``,
         ``prompts.json`` and the tokenizer. ``format="ml-clara"``: the reference's files. Adapters are written in
@@ -254,7 +254,9 @@ class Clara(nn.Module):
 
     def pack(self, texts: Sequence[str], *, max_length: int | None = None) -> PackedDocuments:
         """Tokenise and pack documents or questions; longer ones are cut to ``max_length`` tokens."""
-        ids, _ = self.text.documents(texts, max_length=max_length)
+        return self._pack(self.text.documents(texts, max_length=max_length)[0])
+
+    def _pack(self, ids: Sequence[Sequence[int]]) -> PackedDocuments:
         return pack_documents(ids, self.text.memory_ids, spread=self.config.memory_positions == "spread")
 
     def encode(self, packed: PackedDocuments, role: Role) -> tuple[Tensor, Tensor]:
@@ -327,9 +329,7 @@ class Clara(nn.Module):
         memories = torch.empty(len(ids), m, d, dtype=self.dtype, device=self.device)
         with self.inference():
             for batch in batches_by_tokens([len(row) + m for row in ids], max_tokens):
-                packed = pack_documents(
-                    [ids[i] for i in batch], self.text.memory_ids, spread=self.config.memory_positions == "spread"
-                )
+                packed = self._pack([ids[i] for i in batch])
                 memories[batch] = self.encode(packed.to(self.device), role)[0]
                 if progress is not None:
                     progress(len(batch))
@@ -447,7 +447,14 @@ class Clara(nn.Module):
         return nearest(self, self.encode_queries(question), self.compress(documents), top_k or len(documents))
 
     def answer(self, questions: str | Sequence[str], **options: Any) -> Any:
-        """Answer from a store, documents or memories; see :func:`clara_fast.modeling.answering.answer`."""
+        """An :class:`Answer` for one question, a list for several, from exactly one source.
+
+        ``options`` are those of :func:`clara_fast.modeling.answering.answer`, which says more: ``store``, ``documents``
+        or ``memory`` ``[k, m, D]``; ``top_k``, ``max_new_tokens``; the rest goes to transformers' ``generate``.
+
+        Raises:
+            ValueError: none or several sources, ``top_k`` above the number of documents, a store of another model.
+        """
         from clara_fast.modeling.answering import answer
 
         return answer(self, questions, **options)

@@ -67,7 +67,9 @@ def load(
 
 def read_settings(content: dict[str, Any], folder: Path, base_model: str | Path | None) -> ClaraConfig:
     """Our configuration for theirs. What the file leaves out has the reference's own default."""
-    base = str(base_model or content["decoder_model_name"])
+    base = str(base_model or content.get("decoder_model_name") or "")
+    if not base:
+        raise ValueError(f"{folder / CONFIG_FILE} names no decoder_model_name; give base_model")
     if base.startswith(INTERNAL_PATH) and not Path(base).exists():
         base = PUBLIC_BASE
     r = content.get("lora_r", 16)

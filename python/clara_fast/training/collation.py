@@ -38,14 +38,10 @@ class ScpCollator:
             raise ValueError(f"reconstruction ({self.reconstruction}) must be a probability")
 
     def __call__(self, samples: Sequence[ScpSample]) -> dict[str, Any]:
-        prompts = pack_prompts([self._group(sample) for sample in samples], self._memory_ids)
+        prompts = pack_groups(self.model, [self._group(sample) for sample in samples])
         documents = self.model.pack([sample.document for sample in samples])
         # The trainer counts answer tokens by this key.
         return {"documents": documents, "prompts": prompts, "labels": prompts.labels}
-
-    @property
-    def _memory_ids(self) -> frozenset[int]:
-        return frozenset(self.model.text.memory_ids)
 
     def _group(self, sample: ScpSample) -> PromptGroup:
         text, prompts = self.model.text, self.model.prompts

@@ -26,9 +26,13 @@ py::dict build_info() {
   info["processor"] = CLARA_FAST_PROCESSOR;
   info["torch_target"] = CLARA_FAST_TORCH_TARGET;
   info["cpu"] = CLARA_FAST_WITH_CPU != 0;
-  info["cuda"] = false;
+  info["cuda"] = CLARA_FAST_WITH_CUDA != 0;
   info["cuda_version"] = py::none();
   info["cuda_architectures"] = py::list();
+  if (CLARA_FAST_WITH_CUDA) {
+    info["cuda_version"] = CLARA_FAST_CUDA_VERSION;
+    info["cuda_architectures"] = py::str(CLARA_FAST_CUDA_ARCHITECTURES).attr("split")(";");
+  }
   return info;
 }
 

@@ -1,9 +1,10 @@
 """The two operator namespaces and the loading of the native library.
 
 ``torch.ops.clara_fast.*`` are the public operators: schema, fake, autograd and dispatch are Python, so they
-exist without any native code. ``torch.ops.clara_fast_native.*`` are raw CPU kernels: the schemas below are
-defined here and ``lib/clara_fast_cpu.so`` implements those that it has. An operator without its kernel runs
-in plain PyTorch. On GPUs the operators call the launchers of ``clara_fast.triton_kernels``, imported at first use.
+exist without any native code. ``torch.ops.clara_fast_native.*`` are raw kernels: the schemas below are defined
+here, and ``lib/clara_fast_cpu.so`` and ``lib/clara_fast_cuda.so`` implement those that they have. An operator
+without its kernel runs in plain PyTorch. On GPUs the operators call those kernels or the launchers of
+``clara_fast.triton_kernels``, imported at first use.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ NATIVE_SCHEMAS = {
         "Tensor indices, Tensor scores, float temperature, float taken_logit, Tensor? valid) "
         "-> (Tensor, Tensor, Tensor)"
     ),
+    "cuda_has_image": "(Tensor probe) -> bool",
 }
 KERNEL_DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
 
@@ -61,17 +63,18 @@ def define(
     return getattr(torch.ops.clara_fast, name).default
 
 
-def _load_native() -> dict[str, Callable]:
-    for name, signature in NATIVE_SCHEMAS.items():
-        _native_library.define(name + signature)
-    path = Path(__file__).parents[1] / "lib" / "clara_fast_cpu.so"
-    if not path.is_file():
-        # An editable install keeps the package's sources and its libraries in two folders.
-        import clara_fast
+def _find_binary(name: str) -> Path | None:
+    # An editable install keeps the package's sources and its libraries in two folders.
+    import clara_fast
 
-        candidates = [Path(folder) / "lib" / path.name for folder in clara_fast.__path__]
-        path = next((candidate for candidate in candidates if candidate.is_file()), path)
-    if path.is_file():
+    folders = (Path(__file__).parents[1], *map(Path, clara_fast.__path__))
+    return next((path for folder in folders if (path := folder / "lib" / name).is_file()), None)
+
+
+def _load_binary(name: str, device: str) -> dict[str, Callable]:
+    """Loads one library of kernels, if it is there; the kernels that ``device`` has then."""
+    path = _find_binary(name)
+    if path is not None:
         try:
             torch.ops.load_library(path)
         except (OSError, RuntimeError) as error:
@@ -79,11 +82,14 @@ def _load_native() -> dict[str, Callable]:
     return {
         name: getattr(torch.ops.clara_fast_native, name).default
         for name in NATIVE_SCHEMAS
-        if torch._C._dispatch_has_kernel_for_dispatch_key(f"clara_fast_native::{name}", "CPU")
+        if torch._C._dispatch_has_kernel_for_dispatch_key(f"clara_fast_native::{name}", device)
     }
 
 
-native = _load_native()
+for _name, _signature in NATIVE_SCHEMAS.items():
+    _native_library.define(_name + _signature)
+native = _load_binary("clara_fast_cpu.so", "CPU")
+native_cuda = _load_binary("clara_fast_cuda.so", "CUDA") if torch.version.cuda else {}
 
 
 def is_plain_inference(tensor: torch.Tensor) -> bool:

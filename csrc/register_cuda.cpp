@@ -1,0 +1,8 @@
+// Gives the schemas that python/clara_fast/ops/_library.py defines their CUDA kernels.
+#include <torch/csrc/stable/library.h>
+
+#include "cuda/ops.h"
+
+STABLE_TORCH_LIBRARY_IMPL(clara_fast_native, CUDA, m) {
+  m.impl("cuda_has_image", TORCH_BOX(&clara_fast::cuda::cuda_has_image));
+}

@@ -3,6 +3,7 @@
 
 #include <cuda_runtime_api.h>
 
+#include "plan.h"
 #include "search.h"
 
 namespace clara_fast::cuda {
@@ -11,5 +12,8 @@ namespace clara_fast::cuda {
 bool has_image();
 
 void launch_prepare(const PrepareParams& params, cudaStream_t stream);
+template <Type kType>
+void launch_search(const SearchParams& params, const Plan& plan, cudaStream_t stream);
+void launch_merge(const MergeParams& params, const Plan& plan, cudaStream_t stream);
 
 }  // namespace clara_fast::cuda

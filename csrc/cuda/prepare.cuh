@@ -2,32 +2,13 @@
 #pragma once
 
 #include "device.cuh"
+#include "key_tile.cuh"
 #include "search.h"
 
 namespace clara_fast::cuda {
 
 constexpr int kPrepareThreads = 256;
 constexpr int kPrepareShared = kPrepareThreads / kWarp * static_cast<int>(sizeof(double) + sizeof(float));
-
-__device__ __forceinline__ float load_query(const void* queries, Type type, int64_t place) {
-  if (type == Type::kFloat32) return static_cast<const float*>(queries)[place];
-  const uint16_t bits = static_cast<const uint16_t*>(queries)[place];
-  return type == Type::kBFloat16 ? to_float(bits, BFloat16()) : to_float(bits, Float16());
-}
-
-// Which of 16 columns is at `place`: the order in which a lane of the search finds those of a key in its
-// registers.
-__device__ __forceinline__ int column_at(int place, Type key_type) {
-  const int pair = place % 8 / 2, late = place / 8, odd = place % 2;
-  switch (element_bytes(key_type)) {
-    case 1:
-      return 4 * pair + 2 * late + odd;
-    case 4:
-      return pair + 4 * odd + 8 * late;
-    default:
-      return place;
-  }
-}
 
 template <class Term>
 __device__ __forceinline__ void write_terms(const PrepareParams& params, int64_t query, bool usable,
@@ -37,7 +18,7 @@ __device__ __forceinline__ void write_terms(const PrepareParams& params, int64_t
     float rest = 0.0f;
     if (usable && column < params.columns) {
       rest = static_cast<float>(
-          load_query(params.queries, params.query_type, query * params.columns + column) * scale);
+          load_float(params.queries, params.query_type, query * params.columns + column) * scale);
     }
     for (int term = 0; term < params.num_terms; ++term) {
       const uint16_t bits = from_float(rest, Term());
@@ -55,7 +36,7 @@ __global__ void __launch_bounds__(kPrepareThreads) prepare_queries_kernel(Prepar
   float largest = 0.0f;
   if (query < params.num_queries) {
     for (int64_t i = threadIdx.x; i < params.columns; i += kPrepareThreads) {
-      const float x = load_query(params.queries, params.query_type, query * params.columns + i);
+      const float x = load_float(params.queries, params.query_type, query * params.columns + i);
       square += static_cast<double>(x) * x;
       largest = fmaxf(largest, fabsf(x));
     }

@@ -173,7 +173,7 @@ def test_import_is_light():
 
 def test_missing_kernels_are_said_once_and_replaced(monkeypatch):
     monkeypatch.setattr(_library, "native", {})
-    monkeypatch.setattr(_library, "_missing_warned", False)
+    monkeypatch.setattr(_library, "_missing_warned", set())
     queries, keys = torch.randn(2, 4), torch.randn(5, 4)
     with pytest.warns(UserWarning, match="has no kernel cosine_topk"):
         scores, _ = ops.cosine_topk(queries, keys, 3)

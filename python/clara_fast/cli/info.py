@@ -60,7 +60,8 @@ def _native() -> dict[str, Any]:
     from clara_fast.ops import _library
 
     features = [name for name, present in native.cpu_features().items() if present]
-    return {**native.build_info(), "cpu_features": features, "kernels": sorted(_library.native)}
+    kernels = {"kernels": sorted(_library.native), "cuda_kernels": sorted(_library.native_cuda)}
+    return {**native.build_info(), "cpu_features": features, **kernels}
 
 
 def _devices() -> dict[str, Any]:

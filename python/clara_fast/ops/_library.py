@@ -27,6 +27,12 @@ NATIVE_SCHEMAS = {
         "Tensor? norm_weight, float norm_eps) -> (Tensor, Tensor)"
     ),
     "cosine_topk": "(Tensor queries, Tensor keys, int k, Tensor? key_scales) -> (Tensor, Tensor)",
+    # For CUDA graphs: everything it writes is given, workspace in bytes (uint8 [cosine_topk_workspace(...)]).
+    "cosine_topk_out": (
+        "(Tensor queries, Tensor keys, int k, Tensor? key_scales, Tensor(a!) scores, Tensor(b!) indices, "
+        "Tensor(c!) workspace) -> ()"
+    ),
+    "cosine_topk_workspace": "(Tensor queries, Tensor keys, int k) -> int",
     "select_memory_forward": (
         "(Tensor query, Tensor keys, Tensor memory, int k, float temperature, Tensor? valid) "
         "-> (Tensor, Tensor, Tensor)"
@@ -42,7 +48,8 @@ KERNEL_DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
 
 library = torch.library.Library("clara_fast", "DEF")
 _native_library = torch.library.Library("clara_fast_native", "DEF")
-_missing_warned = False
+_missing_warned: set[str] = set()
+_images: dict[int, bool] = {}
 
 
 def define(
@@ -112,9 +119,21 @@ def native_kernel(name: str, *tensors: torch.Tensor) -> Callable | None:
         return None
     kernel = native.get(name)
     if kernel is None:
-        _warn_missing(name)
+        _warn_missing(name, "CPU")
         return None
     return kernel if _alike(dtype, tensors) else None
+
+
+def cuda_kernel(name: str, *tensors: torch.Tensor) -> Callable | None:
+    """The CUDA C++ kernel ``name``, if there is one for this GPU and these tensors: of one dtype that it knows."""
+    dtype = tensors[0].dtype
+    if dtype not in KERNEL_DTYPES or not tensors[0].is_cuda:
+        return None
+    kernel = native_cuda.get(name)
+    if kernel is None:
+        _warn_missing(name, "CUDA")
+        return None
+    return kernel if _has_image(tensors[0]) and _alike(dtype, tensors) else None
 
 
 def triton_kernels(name: str, *tensors: torch.Tensor) -> ModuleType | None:
@@ -142,11 +161,27 @@ def _alike(dtype: torch.dtype, tensors: tuple[torch.Tensor, ...]) -> bool:
     return True
 
 
-def _warn_missing(name: str) -> None:
-    global _missing_warned
-    if not _missing_warned:
-        _missing_warned = True
+def _has_image(tensor: torch.Tensor) -> bool:
+    """Whether the CUDA library holds machine code for the GPU of ``tensor``; asked, and explained, once per GPU."""
+    index = tensor.device.index
+    if index not in _images:
+        _images[index] = native_cuda["cuda_has_image"](tensor)
+        if not _images[index]:
+            from clara_fast import _native
+
+            major, minor = torch.cuda.get_device_capability(index)
+            warnings.warn(
+                f"clara_fast's CUDA library was built for {' '.join(_native.build_info()['cuda_architectures'])} and "
+                f"holds no code for GPU {index} (sm_{major}{minor}): its operators run in PyTorch there",
+                stacklevel=5,
+            )
+    return _images[index]
+
+
+def _warn_missing(name: str, device: str) -> None:
+    if device not in _missing_warned:
+        _missing_warned.add(device)
         warnings.warn(
-            f"clara_fast's native CPU library has no kernel {name}: it and others like it run in PyTorch",
+            f"clara_fast's native {device} library has no kernel {name}: it and others like it run in PyTorch",
             stacklevel=4,
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -13,6 +14,9 @@ _QUANTISED = (torch.int8, torch.float8_e4m3fn)
 # Keys per block: a block's float32 copy stays within some tens of megabytes at the widths in use.
 _BLOCK_NUMBERS = 1 << 24
 _PANEL_ROWS = 64
+# What the CUDA kernel keeps on chip, and how many keys it can number.
+_CUDA_K = 1024
+_CUDA_KEYS = 2**32
 
 
 def _accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -39,11 +43,18 @@ def descending_topk(scores: Tensor, indices: Tensor, k: int) -> tuple[Tensor, Te
     return scores.gather(1, order), indices.gather(1, order)
 
 
-def _forward(queries: Tensor, keys: Tensor, k: int, key_scales: Tensor | None) -> tuple[Tensor, Tensor]:
+def _kernel(queries: Tensor, keys: Tensor, k: int) -> Callable | None:
     # Queries and keys may differ in dtype: float32 queries over a bfloat16 store are the usual case.
-    stored = keys.dtype in _QUANTISED or keys.dtype in _library.KERNEL_DTYPES
-    kernel = _library.native_kernel("cosine_topk", queries) if stored and keys.numel() else None
-    if kernel is not None and k > 0:
+    if k == 0 or not keys.numel() or not (keys.dtype in _QUANTISED or keys.dtype in _library.KERNEL_DTYPES):
+        return None
+    if not queries.is_cuda:
+        return _library.native_kernel("cosine_topk", queries)
+    return _library.cuda_kernel("cosine_topk", queries) if k <= _CUDA_K and keys.shape[0] < _CUDA_KEYS else None
+
+
+def _forward(queries: Tensor, keys: Tensor, k: int, key_scales: Tensor | None) -> tuple[Tensor, Tensor]:
+    kernel = _kernel(queries, keys, k)
+    if kernel is not None:
         scales = None if key_scales is None else key_scales.to(torch.float32).contiguous()
         return kernel(queries.contiguous(), keys.contiguous(), k, scales)
     return _forward_plain(queries, keys, k, key_scales)

@@ -1,0 +1,443 @@
+// The search: a block streams one part of the keys past a tile of queries and keeps each query's k best.
+//
+// Tiles of 128 keys and of 8 to 64 queries' terms come through shared memory, a few dozen columns at a time,
+// copied asynchronously a few steps ahead, also across the end of a tile. Each of the four warps multiplies
+// 32 of the keys with all the queries on tensor cores, and sums the squares of its keys from the same
+// registers. Products of at most 64 columns are summed by the tensor cores, whose additions truncate; those
+// sums are added in float32.
+#pragma once
+
+#include <algorithm>
+
+#include "device.cuh"
+#include "key_tile.cuh"
+#include "search.h"
+#include "topk.cuh"
+
+namespace clara_fast::cuda {
+
+// Float32 sums of squares in this range lost nothing to overflow or underflow.
+constexpr float kSmallestSquare = 1e-30f;
+constexpr float kLargestSquare = 1e30f;
+
+template <Type kType, int kQueries>
+struct SearchLayout {
+  static constexpr int kStages = num_stages(kQueries);
+  static constexpr int kKeyBytes = kKeysPerTile * KeyTile<kType>::kRowBytes;
+  static constexpr int kTermBytes = kQueries * KeyTile<kType>::kColumns * 2;
+  static constexpr int kFixedBytes =
+      kQueries * (8 + 4 + 4 + 4) + kSearchWarps * kHistogramBins * 4;  // thresholds, floors, inverses, counts
+};
+
+// What a block works on.
+struct Part {
+  int64_t first_query;
+  int64_t first_tile, end_tile;  // of the keys
+  int64_t block;
+};
+
+__device__ __forceinline__ Part part_of_block(int64_t num_keys, int queries_per_tile) {
+  const int64_t tiles = (num_keys + kKeysPerTile - 1) / kKeysPerTile;
+  const int64_t part = blockIdx.y, parts = gridDim.y;
+  return {static_cast<int64_t>(blockIdx.x) * queries_per_tile, tiles * part / parts,
+          tiles * (part + 1) / parts, part * gridDim.x + blockIdx.x};
+}
+
+// The part of the shared memory that stays.
+template <int kQueries>
+struct Kept {
+  Best best;
+  float* floors;   // [queries]: a score below it is not among the k best
+  float* inverse;  // [queries]
+  unsigned* histogram;
+
+  __device__ __forceinline__ Kept(unsigned char* memory, const SearchParams& params, const Part& part) {
+    best.thresholds = reinterpret_cast<uint64_t*>(memory);
+    floors = reinterpret_cast<float*>(best.thresholds + kQueries);
+    inverse = floors + kQueries;
+    best.counts = reinterpret_cast<int*>(inverse + kQueries);
+    unsigned* const histograms = reinterpret_cast<unsigned*>(best.counts + kQueries);
+    histogram = histograms + threadIdx.x / kWarp * kHistogramBins;
+    best.k = params.k;
+    best.capacity = params.capacity;
+    best.candidates = params.candidates == nullptr
+                          ? reinterpret_cast<uint64_t*>(histograms + kSearchWarps * kHistogramBins)
+                          : params.candidates + part.block * kQueries * params.capacity;
+    for (int q = threadIdx.x; q < kQueries; q += kSearchThreads) {
+      const bool real = part.first_query + q < params.queries.num_queries;
+      best.thresholds[q] = real ? 0 : ~uint64_t{0};
+      best.counts[q] = 0;
+      inverse[q] = params.queries.inverse[part.first_query + q];
+      set_floor(q);
+    }
+  }
+
+  __device__ __forceinline__ void set_floor(int q) {
+    const float least = score_of(best.thresholds[q]);
+    floors[q] = least == least ? least : -INFINITY;
+  }
+
+  // All warps. Makes room in the full buffers.
+  __device__ __forceinline__ void make_room() {
+    for (int q = threadIdx.x / kWarp; q < kQueries; q += kSearchWarps) {
+      if (best.counts[q] < best.capacity) continue;
+      best.thin_out(q, histogram);
+      __syncwarp();
+      if (threadIdx.x % kWarp == 0) set_floor(q);
+    }
+  }
+};
+
+// Copies of one step: kColumns columns of a tile of keys and of all the terms of the queries.
+template <Type kType, int kQueries>
+struct Loader {
+  using Keys = KeyTile<kType>;
+  using Layout = SearchLayout<kType, kQueries>;
+  static constexpr int kKeyChunks = Keys::kRowBytes / 16;      // per row
+  static constexpr int kTermChunks = Keys::kColumns * 2 / 16;  // per row
+
+  const SearchParams& params;
+  const Part& part;
+  int64_t tile, column;
+
+  __device__ __forceinline__ void copy_next(unsigned char* stage) {
+    if (tile >= part.end_tile) return;
+    copy_keys(stage);
+    copy_terms(stage + Layout::kKeyBytes);
+    column += Keys::kColumns;
+    if (column >= params.queries.columns) {
+      column = 0;
+      ++tile;
+    }
+  }
+
+ private:
+  __device__ __forceinline__ void copy_keys(unsigned char* to) const {
+    constexpr int kRowsAtOnce = kSearchThreads / kKeyChunks;
+    const int chunk = threadIdx.x % kKeyChunks;
+    const int64_t row_bytes = params.queries.columns * element_bytes(kType);
+    const int64_t offset = column * element_bytes(kType) + chunk * 16;
+    const int64_t left = row_bytes - offset;
+    const int wanted = left >= 16 ? 16 : left > 0 ? static_cast<int>(left) : 0;
+#pragma unroll
+    for (int i = 0; i < kKeysPerTile / kRowsAtOnce; ++i) {
+      const int row = threadIdx.x / kKeyChunks + i * kRowsAtOnce;
+      const int64_t key = tile * kKeysPerTile + row;
+      const int bytes = key < params.num_keys ? wanted : 0;
+      const unsigned char* from = static_cast<const unsigned char*>(params.keys);
+      if (bytes > 0) from += key * row_bytes + offset;
+      copy_chunk(to + chunk_offset<Keys::kRowBytes>(row, chunk), from, bytes);
+    }
+  }
+
+  __device__ __forceinline__ void copy_chunk(unsigned char* to, const unsigned char* from, int bytes) const {
+    if (params.copy_bytes == 16) {
+      copy_async_16(to, from, bytes);
+    } else if (params.copy_bytes == 4) {
+#pragma unroll
+      for (int i = 0; i < 16; i += 4) {
+        const int some = bytes - i >= 4 ? 4 : bytes - i > 0 ? bytes - i : 0;
+        copy_async_4(to + i, some > 0 ? from + i : from, some);
+      }
+    } else {
+      // Rows of odd size: one element at a time, and not asynchronously.
+      for (int i = 0; i < 16; i += element_bytes(kType)) {
+        if constexpr (element_bytes(kType) == 1) {
+          to[i] = i < bytes ? from[i] : 0;
+        } else {
+          *reinterpret_cast<uint16_t*>(to + i) = i < bytes ? *reinterpret_cast<const uint16_t*>(from + i) : 0;
+        }
+      }
+    }
+  }
+
+  __device__ __forceinline__ void copy_terms(unsigned char* to) const {
+    constexpr int kRowsAtOnce = kSearchThreads / kTermChunks;
+    const PrepareParams& queries = params.queries;
+    const int chunk = threadIdx.x % kTermChunks;
+    for (int term = 0; term < queries.num_terms; ++term) {
+      const uint16_t* const from =
+          queries.terms + (term * queries.padded_queries + part.first_query) * queries.padded_columns +
+          column;
+#pragma unroll
+      for (int i = 0; i < (kQueries + kRowsAtOnce - 1) / kRowsAtOnce; ++i) {
+        const int row = threadIdx.x / kTermChunks + i * kRowsAtOnce;
+        if (kQueries % kRowsAtOnce == 0 || row < kQueries) {
+          copy_async_16(to + term * Layout::kTermBytes + chunk_offset<Keys::kColumns * 2>(row, chunk),
+                        from + row * queries.padded_columns + chunk * 8, 16);
+        }
+      }
+    }
+  }
+};
+
+// Dot products and sums of squares of a warp's 32 keys. In the layout of `multiply`: dots[m][n] is of keys 16
+// m + g and 16 m + 8 + g with queries 8 n + 2 t and the next; squares[m][half] is this lane's share for key
+// 16 m + 8 half + g.
+template <Type kType, int kQueries>
+struct Sums {
+  using Keys = KeyTile<kType>;
+  static constexpr int kGroups = kQueries / 8;
+  // Two chains of multiplications each that do not wait for each other; fewer beside the registers of float32
+  // keys.
+  static constexpr int kAtOnce = std::min(kGroups, Keys::kTerms == 1 ? 4 : 2);
+
+  float dots[2][kGroups][4];
+  float squares[2][2];
+
+  __device__ __forceinline__ void clear() {
+#pragma unroll
+    for (int m = 0; m < 2; ++m) {
+      squares[m][0] = squares[m][1] = 0.0f;
+#pragma unroll
+      for (int n = 0; n < kGroups; ++n) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) dots[m][n][i] = 0.0f;
+      }
+    }
+  }
+
+  __device__ __forceinline__ void add(const unsigned char* stage, int num_terms) {
+    typename Keys::Fragments keys[2];
+#pragma unroll
+    for (int m = 0; m < 2; ++m) {
+      float partial[2] = {0.0f, 0.0f};
+      Keys::load(stage, static_cast<int>(threadIdx.x) / kWarp * 32 + 16 * m, keys[m], partial);
+      squares[m][0] += partial[0];
+      squares[m][1] += partial[1];
+    }
+    const unsigned char* const terms = stage + SearchLayout<kType, kQueries>::kKeyBytes;
+#pragma unroll
+    for (int first = 0; first < kGroups; first += kAtOnce) {
+      float partial[2][kAtOnce][4] = {};
+      // The smallest products first: what truncation costs is in proportion to the sum so far.
+#pragma unroll 1
+      for (int term = num_terms - 1; term >= 0; --term) {
+#pragma unroll
+        for (int n = 0; n < kAtOnce; ++n) {
+          uint32_t queries[Keys::kSteps][2];
+          load_queries<Keys::kSteps>(terms + term * SearchLayout<kType, kQueries>::kTermBytes,
+                                     (first + n) * 8, queries);
+#pragma unroll
+          for (int part = Keys::kTerms - 1; part >= 0; --part) {
+            // Of float32 by float32, what is left out is below 2^-26 of the product.
+            if (part > 0 && part + term >= 3) continue;
+#pragma unroll
+            for (int step = 0; step < Keys::kSteps; ++step) {
+#pragma unroll
+              for (int m = 0; m < 2; ++m) {
+                multiply(partial[m][n], keys[m][part][step], queries[step][0], queries[step][1],
+                         typename Keys::Term());
+              }
+            }
+          }
+        }
+      }
+#pragma unroll
+      for (int m = 0; m < 2; ++m) {
+#pragma unroll
+        for (int n = 0; n < kAtOnce; ++n) {
+#pragma unroll
+          for (int i = 0; i < 4; ++i) dots[m][first + n][i] += partial[m][n][i];
+        }
+      }
+    }
+  }
+
+  // Adds up the shares of the four lanes that hold a key's squares.
+  __device__ __forceinline__ void gather_squares() {
+#pragma unroll
+    for (int m = 0; m < 2; ++m) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        squares[m][half] += __shfl_xor_sync(kAllLanes, squares[m][half], 1);
+        squares[m][half] += __shfl_xor_sync(kAllLanes, squares[m][half], 2);
+      }
+    }
+  }
+};
+
+// 1 / length of a key, with the sign of its scale: 0 for a zero key, NaN for a bad one. `extreme` where its
+// length is not to be had from a float32 sum of squares.
+__device__ __forceinline__ float key_factor(float square, float scale, bool wide_range, bool& extreme) {
+  extreme = false;
+  if (square != square || !(fabsf(scale) < INFINITY)) return __uint_as_float(0x7fc00000u);
+  if (scale == 0.0f) return 0.0f;
+  if (square >= kSmallestSquare && square <= kLargestSquare) return copysignf(1.0f / sqrtf(square), scale);
+  extreme = wide_range;
+  return square == 0.0f ? 0.0f : __uint_as_float(0x7fc00000u);
+}
+
+__device__ __forceinline__ double sum_of_warp(double value) {
+  for (int other = kWarp / 2; other > 0; other /= 2) value += __shfl_xor_sync(kAllLanes, value, other);
+  return value;
+}
+
+// A warp computes the scores of one key of extreme length in float64. Rare, so not fast.
+__device__ __forceinline__ void score_extreme_key(const SearchParams& params, Type key_type, int64_t key,
+                                                  float scale, int64_t first_query, int num_queries,
+                                                  float* scores) {
+  const int lane = threadIdx.x % kWarp;
+  const int64_t columns = params.queries.columns;
+  double key_square = 0.0;
+  for (int64_t i = lane; i < columns; i += kWarp) {
+    const double x = load_float(params.keys, key_type, key * columns + i);
+    key_square += x * x;
+  }
+  key_square = sum_of_warp(key_square);
+#pragma unroll 1
+  for (int q = 0; q < num_queries; ++q) {
+    const int64_t query = first_query + q;
+    float score = 0.0f;
+    if (query < params.queries.num_queries && key_square != 0.0) {
+      double dot = 0.0, square = 0.0;
+      for (int64_t i = lane; i < columns; i += kWarp) {
+        const double x = load_float(params.keys, key_type, key * columns + i);
+        const double y = load_float(params.queries.queries, params.queries.query_type, query * columns + i);
+        dot += x * y;
+        square += y * y;
+      }
+      dot = sum_of_warp(dot);
+      square = sum_of_warp(square);
+      if (square != 0.0)
+        score = static_cast<float>(copysign(1.0, scale) * dot / (sqrt(key_square) * sqrt(square)));
+    }
+    if (lane == 0) scores[q] = score;
+  }
+}
+
+// Turns a warp's dot products into scores, in place.
+template <Type kType, int kQueries>
+__device__ __forceinline__ void finish_scores(Sums<kType, kQueries>& sums, const SearchParams& params,
+                                              const Part& part, int64_t warp_key, const float* inverse) {
+  const int lane = threadIdx.x % kWarp, g = lane / 4, t = lane % 4;
+  sums.gather_squares();
+#pragma unroll
+  for (int m = 0; m < 2; ++m) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int64_t key = warp_key + 16 * m + 8 * half + g;
+      const bool real = key < params.num_keys;
+      const float scale = params.key_scales == nullptr || !real ? 1.0f : params.key_scales[key];
+      bool extreme;
+      const float factor = key_factor(sums.squares[m][half], scale, has_wide_range(kType), extreme);
+#pragma unroll
+      for (int n = 0; n < kQueries / 8; ++n) {
+#pragma unroll
+        for (int odd = 0; odd < 2; ++odd) {
+          const float query_factor = inverse[8 * n + 2 * t + odd];
+          float& score = sums.dots[m][n][2 * half + odd];
+          score = score * factor * query_factor;
+          if (factor == 0.0f || query_factor == 0.0f) score = 0.0f;
+          score += 0.0f;  // -0 becomes 0
+        }
+      }
+      if constexpr (has_wide_range(kType)) {
+        unsigned flagged = __ballot_sync(kAllLanes, extreme && real && t == 0);
+        if (flagged == 0) continue;
+        float* const special =
+            params.special +
+            (part.block * kKeysPerTile + warp_key % kKeysPerTile + 16 * m + 8 * half) * kQueries;
+        for (unsigned rest = flagged; rest != 0; rest &= rest - 1) {
+          const int source = __ffs(static_cast<int>(rest)) - 1;
+          score_extreme_key(params, kType, warp_key + 16 * m + 8 * half + source / 4,
+                            __shfl_sync(kAllLanes, scale, source), part.first_query, kQueries,
+                            special + source / 4 * kQueries);
+        }
+        __syncwarp();
+        if (flagged >> (4 * g) & 1) {
+#pragma unroll
+          for (int n = 0; n < kQueries / 8; ++n) {
+#pragma unroll
+            for (int odd = 0; odd < 2; ++odd) {
+              sums.dots[m][n][2 * half + odd] = special[g * kQueries + 8 * n + 2 * t + odd] + 0.0f;
+            }
+          }
+        }
+      }
+    }
+  }
+}
+
+// Offers a warp's scores to the buffers, in rounds where they fill up.
+template <Type kType, int kQueries>
+__device__ __forceinline__ void offer_scores(const Sums<kType, kQueries>& sums, int64_t num_keys,
+                                             int64_t warp_key, Kept<kQueries>& kept) {
+  const int lane = threadIdx.x % kWarp, g = lane / 4, t = lane % 4;
+  uint64_t done = 0;  // a bit for each of this lane's scores
+  for (;;) {
+    bool waiting = false;
+#pragma unroll
+    for (int n = 0; n < kQueries / 8; ++n) {
+#pragma unroll
+      for (int odd = 0; odd < 2; ++odd) {
+        const int query = 8 * n + 2 * t + odd;
+        const float floor = kept.floors[query];
+#pragma unroll
+        for (int row = 0; row < 4; ++row) {
+          const int bit = (2 * n + odd) * 4 + row;
+          const float score = sums.dots[row / 2][n][row % 2 * 2 + odd];
+          const int64_t key = warp_key + 8 * row + g;
+          if (score < floor || key >= num_keys || (done >> bit & 1)) continue;
+          if (kept.best.offer(query, pack(score, static_cast<uint32_t>(key)))) {
+            done |= uint64_t{1} << bit;
+          } else {
+            waiting = true;
+          }
+        }
+      }
+    }
+    if (!__syncthreads_or(waiting)) break;
+    kept.make_room();
+    __syncthreads();
+  }
+}
+
+// Grid: tiles of queries by parts of the keys.
+template <Type kType, int kQueries>
+__global__ void __launch_bounds__(kSearchThreads, resident_blocks(kQueries))
+    search_kernel(const __grid_constant__ SearchParams params) {
+  using Layout = SearchLayout<kType, kQueries>;
+  constexpr int kStages = Layout::kStages;
+  const int stage_bytes = Layout::kKeyBytes + params.queries.num_terms * Layout::kTermBytes;
+  unsigned char* const stages = dynamic_shared();
+  const Part part = part_of_block(params.num_keys, kQueries);
+  Kept<kQueries> kept(stages + kStages * stage_bytes, params, part);
+
+  Loader<kType, kQueries> loader{params, part, part.first_tile, 0};
+  for (int i = 0; i < kStages - 1; ++i) {
+    loader.copy_next(stages + i * stage_bytes);
+    commit_copies();
+  }
+  int stage = 0;
+  Sums<kType, kQueries> sums;
+  for (int64_t tile = part.first_tile; tile < part.end_tile; ++tile) {
+    sums.clear();
+    for (int64_t column = 0; column < params.queries.columns; column += KeyTile<kType>::kColumns) {
+      wait_for_copies<kStages - 2>();
+      __syncthreads();  // what the others copied is here, and they have read the stage that is copied to next
+      loader.copy_next(stages + (stage == 0 ? kStages - 1 : stage - 1) * stage_bytes);
+      commit_copies();
+      sums.add(stages + stage * stage_bytes, params.queries.num_terms);
+      stage = stage + 1 == kStages ? 0 : stage + 1;
+    }
+    const int64_t warp_key = tile * kKeysPerTile + threadIdx.x / kWarp * 32;
+    finish_scores(sums, params, part, warp_key, kept.inverse);
+    offer_scores(sums, params.num_keys, warp_key, kept);
+  }
+  wait_for_copies<0>();
+  __syncthreads();
+
+  for (int q = threadIdx.x / kWarp; q < kQueries; q += kSearchWarps) {
+    const int64_t query = part.first_query + q;
+    if (query >= params.queries.num_queries) continue;
+    kept.best.thin_out(q, kept.histogram);
+    __syncwarp();
+    const int count = kept.best.counts[q];
+    const uint64_t* const from = kept.best.candidates + static_cast<int64_t>(q) * params.capacity;
+    uint64_t* const to = params.lists + (blockIdx.y * params.queries.num_queries + query) * params.k;
+    for (int i = threadIdx.x % kWarp; i < params.k; i += kWarp) to[i] = i < count ? from[i] : 0;
+  }
+}
+
+}  // namespace clara_fast::cuda

@@ -1,0 +1,7 @@
+#include "search_launch.cuh"
+
+namespace clara_fast::cuda {
+
+template void launch_search<Type::kBFloat16>(const SearchParams&, const Plan&, cudaStream_t);
+
+}  // namespace clara_fast::cuda

@@ -25,10 +25,10 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
-// Copies `bytes` (0 to 16) to shared memory without waiting, and fills the rest of the 16 with zeros.
-// Both ends must be aligned to 16.
+// Copies `bytes` (0 to 16) to shared memory without waiting, past the L1 cache, and fills the rest of the 16
+// with zeros. Both ends must be aligned to 16.
 __device__ __forceinline__ void copy_async_16(void* to, const void* from, int bytes) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from),
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from),
                "r"(bytes));
 }
 

@@ -67,14 +67,9 @@ struct Kept {
       const bool real = part.first_query + q < params.queries.num_queries;
       best.thresholds[q] = real ? 0 : ~uint64_t{0};
       best.counts[q] = 0;
+      floors[q] = real ? -INFINITY : INFINITY;
       inverse[q] = params.queries.inverse[part.first_query + q];
-      set_floor(q);
     }
-  }
-
-  __device__ __forceinline__ void set_floor(int q) {
-    const float least = score_of(best.thresholds[q]);
-    floors[q] = least == least ? least : -INFINITY;
   }
 
   // All warps. Makes room in the full buffers.
@@ -83,7 +78,10 @@ struct Kept {
       if (best.counts[q] < best.capacity) continue;
       best.thin_out(q, histogram);
       __syncwarp();
-      if (threadIdx.x % kWarp == 0) set_floor(q);
+      if (threadIdx.x % kWarp == 0) {
+        const float least = score_of(best.thresholds[q]);
+        floors[q] = least == least ? least : -INFINITY;
+      }
     }
   }
 };
@@ -139,14 +137,11 @@ struct Loader {
         const int some = bytes - i >= 4 ? 4 : bytes - i > 0 ? bytes - i : 0;
         copy_async_4(to + i, some > 0 ? from + i : from, some);
       }
-    } else {
+    } else if constexpr (element_bytes(kType) < 4) {
       // Rows of odd size: one element at a time, and not asynchronously.
-      for (int i = 0; i < 16; i += element_bytes(kType)) {
-        if constexpr (element_bytes(kType) == 1) {
-          to[i] = i < bytes ? from[i] : 0;
-        } else {
-          *reinterpret_cast<uint16_t*>(to + i) = i < bytes ? *reinterpret_cast<const uint16_t*>(from + i) : 0;
-        }
+      using Element = std::conditional_t<element_bytes(kType) == 1, uint8_t, uint16_t>;
+      for (int i = 0; i < 16; i += static_cast<int>(sizeof(Element))) {
+        *reinterpret_cast<Element*>(to + i) = i < bytes ? *reinterpret_cast<const Element*>(from + i) : 0;
       }
     }
   }

@@ -18,7 +18,7 @@ struct Plan {
   int num_terms;
   int64_t padded_queries, padded_columns;
   int64_t query_tiles, parts;
-  int capacity, merge_capacity;
+  int capacity;
   int64_t shared_bytes;  // of a block of the search
   int merge_threads;
   // Where each part of the workspace begins, in bytes, and where the last ends.
@@ -58,27 +58,32 @@ inline Plan make_plan(const Device& device, Type query_type, Type key_type, int6
                       int64_t num_keys, int64_t columns, int64_t k) {
   Plan plan{};
   plan.num_terms = terms_of(query_type, key_type);
-  plan.queries_per_tile = num_queries <= 8 ? 8 : num_queries <= 32 ? 32 : 64;
-  plan.padded_queries = ceil_to(num_queries, plan.queries_per_tile);
-  plan.padded_columns = ceil_to(columns, kColumnGroup);
-  plan.query_tiles = plan.padded_queries / plan.queries_per_tile;
-
-  // Room for k and as many again, so that a buffer is thinned out once in k acceptances.
-  plan.capacity = 2 * static_cast<int>(std::max<int64_t>(k, 32));
-  plan.merge_capacity = plan.capacity;  // at least k rounded up to a power of two
-  const int64_t stage = static_cast<int64_t>(tile_columns(key_type)) *
-                        (kKeysPerTile * element_bytes(key_type) + plan.num_terms * plan.queries_per_tile * 2);
-  const int64_t fixed = plan.queries_per_tile * 20 + kSearchWarps * kHistogramBins * 4;
-  const int64_t staged = num_stages(plan.queries_per_tile) * stage + fixed;
-  const int64_t buffered = std::min<int64_t>(plan.queries_per_tile, num_queries) * plan.capacity * 8;
-  // In shared memory where two blocks fit on a multiprocessor all the same. Else they are in global memory,
-  // which for them is the L2 cache: they are touched k log(keys / k) times, and a smaller tile would read all
-  // keys more often.
-  constexpr int64_t kReserved = 1024;  // bytes of every block, for the system
+  // What every block takes of a multiprocessor's shared memory, and how many blocks of so many bytes fit.
+  constexpr int64_t kReserved = 1024;
   const auto blocks_of = [&](int64_t bytes) {
     return device.shared_per_multiprocessor / (bytes + kReserved);
   };
-  plan.candidates_in_shared = blocks_of(staged + buffered) >= 2;
+  const auto staged_of = [&](int tile) {
+    const int64_t stage = static_cast<int64_t>(tile_columns(key_type)) *
+                          (kKeysPerTile * element_bytes(key_type) + plan.num_terms * tile * 2);
+    return num_stages(tile) * stage + tile * 20 + kSearchWarps * kHistogramBins * 4;
+  };
+  int tile = num_queries <= 8 ? 8 : num_queries <= 32 ? 32 : 64;
+  if (tile == 64 && blocks_of(staged_of(tile)) == 0) tile = 32;
+  plan.queries_per_tile = tile;
+  plan.padded_queries = ceil_to(num_queries, tile);
+  plan.padded_columns = ceil_to(columns, kColumnGroup);
+  plan.query_tiles = plan.padded_queries / tile;
+
+  // Room for k and as many again, so that a buffer is thinned out once in k acceptances. That is also at
+  // least k rounded up to a power of two, which the merge sorts.
+  plan.capacity = 2 * static_cast<int>(std::max<int64_t>(k, 32));
+  // The buffers are in shared memory where that costs no second block on a multiprocessor. Else they are in
+  // global memory, which for them is the L2 cache: a buffer is touched k log(keys / k) times, while a smaller
+  // tile of queries would read all the keys more often.
+  const int64_t staged = staged_of(tile);
+  const int64_t buffered = std::min<int64_t>(tile, num_queries) * plan.capacity * 8;
+  plan.candidates_in_shared = blocks_of(staged + buffered) >= std::clamp<int64_t>(blocks_of(staged), 1, 2);
   plan.shared_bytes = staged + (plan.candidates_in_shared ? buffered : 0);
 
   const int64_t resident =
@@ -143,7 +148,7 @@ inline SearchParams search_params(const Problem& problem, const Plan& plan, void
 
 inline MergeParams merge_params(const Problem& problem, const Plan& plan, const SearchParams& search,
                                 float* scores, int64_t* indices) {
-  return {search.lists, plan.parts, problem.num_queries, problem.k, plan.merge_capacity, scores, indices};
+  return {search.lists, plan.parts, problem.num_queries, problem.k, plan.capacity, scores, indices};
 }
 
 }  // namespace clara_fast::cuda

@@ -15,11 +15,36 @@ struct Header {
   int64_t multiprocessors, shared_per_multiprocessor;
 };
 
+struct Layout {
+  int64_t queries_per_tile, query_tiles, parts, shared_bytes, merge_shared_bytes, candidates_in_shared,
+      workspace_bytes;
+};
+
 void read_all(void* to, size_t bytes) {
   host::require(bytes == 0 || std::fread(to, 1, bytes, stdin) == bytes, "the input is too short");
 }
 
 void write_all(const void* from, size_t bytes) { std::fwrite(from, 1, bytes, stdout); }
+
+Plan plan_of(const Header& header) {
+  const Device device{header.multiprocessors, header.shared_per_multiprocessor};
+  return make_plan(device, static_cast<Type>(header.query_type), static_cast<Type>(header.key_type),
+                   header.num_queries, header.num_keys, header.columns, header.k);
+}
+
+void print_plans() {
+  for (Header header; std::fread(&header, sizeof(header), 1, stdin) == 1;) {
+    const Plan plan = plan_of(header);
+    const Layout layout{plan.queries_per_tile,
+                        plan.query_tiles,
+                        plan.parts,
+                        plan.shared_bytes,
+                        merge_shared_bytes(plan.capacity),
+                        plan.candidates_in_shared,
+                        plan.workspace_bytes};
+    write_all(&layout, sizeof(layout));
+  }
+}
 
 template <Type kType>
 void search(const SearchParams& params, const Plan& plan) {
@@ -32,7 +57,11 @@ void search(const SearchParams& params, const Plan& plan) {
 
 }  // namespace
 
-int main() {
+int main(int count, char**) {
+  if (count > 1) {
+    print_plans();
+    return 0;
+  }
   Header header;
   read_all(&header, sizeof(header));
   host::random_state = 0x9e3779b97f4a7c15u + header.seed;
@@ -53,9 +82,7 @@ int main() {
   problem.keys = keys.data;
   problem.key_scales = header.has_scales ? reinterpret_cast<float*>(scales.data) : nullptr;
 
-  const Device device{header.multiprocessors, header.shared_per_multiprocessor};
-  const Plan plan = make_plan(device, problem.query_type, problem.key_type, problem.num_queries,
-                              problem.num_keys, problem.columns, problem.k);
+  const Plan plan = plan_of(header);
   host::Guarded workspace(plan.workspace_bytes);
   host::Guarded scores(problem.num_queries * header.k * 4), indices(problem.num_queries * header.k * 8);
   const SearchParams params = search_params(problem, plan, workspace.data);
@@ -79,7 +106,7 @@ int main() {
       break;
   }
   host::launch(merge_lists_kernel, {static_cast<unsigned>(problem.num_queries), 1},
-               static_cast<unsigned>(plan.merge_threads), merge_shared_bytes(plan.merge_capacity),
+               static_cast<unsigned>(plan.merge_threads), merge_shared_bytes(plan.capacity),
                merge_params(problem, plan, params, reinterpret_cast<float*>(scores.data),
                             reinterpret_cast<int64_t*>(indices.data)));
 

@@ -14,8 +14,10 @@ from torch import Tensor
 HERE = Path(__file__).parent
 SOURCES = HERE.parents[1] / "csrc" / "cuda"
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3, torch.float8_e4m3fn: 4}
-H100_SHARED = 228 << 10  # bytes of a multiprocessor
+# Bytes of shared memory of a multiprocessor; a block may have all but 1024 of them.
+H100_SHARED = 228 << 10
 A100_SHARED = 164 << 10
+SMALLEST_SHARED = 100 << 10  # sm_86, sm_89 and sm_120
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,19 @@ class Found:
     copy_bytes: int
 
 
+@dataclass(frozen=True)
+class Plan:
+    """How a problem would be laid out."""
+
+    queries_per_tile: int
+    query_tiles: int
+    parts: int
+    shared_bytes: int
+    merge_shared_bytes: int
+    in_shared: int
+    workspace_bytes: int
+
+
 def compiler() -> str | None:
     return shutil.which("g++")
 
@@ -41,6 +56,17 @@ def build(folder: Path) -> Path:
     command += ["-DCLARA_FAST_CUDA_ON_HOST", f"-I{HERE}", f"-I{SOURCES}", HERE / "cosine_topk.cpp", "-o", program]
     subprocess.run(command, check=True)
     return program
+
+
+def _header(query_dtype: torch.dtype, key_dtype: torch.dtype, *numbers: int) -> bytes:
+    return struct.pack("10q", _TYPES[query_dtype], _TYPES[key_dtype], *numbers)
+
+
+def plans(program: Path, problems: list[tuple]) -> list[Plan]:
+    """For (query dtype, key dtype, queries, keys, columns, k, multiprocessors, bytes of shared memory) of each."""
+    headers = b"".join(_header(*problem[:6], 0, 0, *problem[6:]) for problem in problems)
+    result = subprocess.run([program, "plan"], input=headers, capture_output=True, check=True)
+    return [Plan(*numbers) for numbers in struct.iter_unpack("7q", result.stdout)]
 
 
 def cosine_topk(
@@ -55,12 +81,9 @@ def cosine_topk(
     shared: int = H100_SHARED,
 ) -> Found:
     """Runs the kernels as on a device of so many multiprocessors; ``seed`` changes the order of its threads."""
-    header = struct.pack(
-        "10q",
-        _TYPES[queries.dtype],
-        _TYPES[keys.dtype],
-        *(len(queries), *keys.shape, k, key_scales is not None),
-        *(seed, multiprocessors, shared),
+    header = _header(
+        *(queries.dtype, keys.dtype, len(queries), *keys.shape, k, key_scales is not None, seed),
+        *(multiprocessors, shared),
     )
     tensors = [queries, keys] if key_scales is None else [queries, keys, key_scales]
     data = b"".join(tensor.contiguous().view(torch.uint8).numpy().tobytes() for tensor in tensors)

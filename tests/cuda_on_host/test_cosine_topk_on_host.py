@@ -142,7 +142,7 @@ def test_ties_go_to_the_lower_index_in_any_layout(run, batch, dtype):
     layouts = [
         {"multiprocessors": 1},
         {"multiprocessors": 3, "seed": 1},
-        {"multiprocessors": 1, "seed": 2, "shared": 80 << 10},
+        {"multiprocessors": 1, "seed": 2, "shared": on_host.SMALLEST_SHARED},
     ]
     results = [run(queries, keys, 3 * copies, repeated, **layout) for layout in layouts]
     assert results[0].parts < results[1].parts
@@ -156,7 +156,7 @@ def test_ties_go_to_the_lower_index_in_any_layout(run, batch, dtype):
         assert (results[0].scores[row].view(3, copies).diff(dim=1) == 0).all()
 
 
-@pytest.mark.parametrize("shared", [on_host.H100_SHARED, 60 << 10])
+@pytest.mark.parametrize("shared", [on_host.H100_SHARED, on_host.SMALLEST_SHARED])
 @pytest.mark.parametrize(
     ("batch", "count", "k", "fits"),
     [(1, 3000, 1024, True), (3, 1100, 1024, False), (34, 700, 600, False), (1, 2500, 33, True)],
@@ -167,7 +167,7 @@ def test_many_of_the_best(run, batch, count, k, fits, shared):
     keys = torch.linspace(-1, 1, count)[:, None] * direction + torch.tensor([0.5, -0.5] * 8)
     queries = direction + 0.01 * torch.randn(batch, 16)
     found = run(queries, keys, k, multiprocessors=1, shared=shared)
-    assert found.in_shared == (fits and shared == on_host.H100_SHARED)
+    assert found.in_shared == fits
     assert_right(found, queries, keys, k)
 
 
@@ -267,3 +267,28 @@ def test_reads_every_bit_of_a_query(run):
         found = run(queries, keys, 2, scales)
         exact = cosines(queries, keys)
         assert abs(found.scores[0, 0].double() / exact[0, 0] - 1) < 2.0**-21
+
+
+def test_plans_fit_every_device(program):
+    """Blocks fit into shared memory, all keys and queries are covered, and memory stays within reason."""
+    devices = [(108, on_host.A100_SHARED), (132, on_host.H100_SHARED), (170, on_host.SMALLEST_SHARED)]
+    problems = [
+        (query_dtype, key_dtype, batch, count, 576, k, *device)
+        for query_dtype in FLOATS
+        for key_dtype in KEY_TYPES
+        for batch in (1, 8, 9, 32, 33, 64, 200, 4096)
+        for count in (1024, 1_000_000, 3_000_000_000)
+        for k in (1, 10, 100, 1024)
+        for device in devices
+    ]
+    plans = on_host.plans(program, problems)
+    assert len(plans) == len(problems)
+    for problem, plan in zip(problems, plans):
+        _, _, batch, count, _, k, multiprocessors, shared = problem
+        assert plan.shared_bytes + 1024 <= shared, problem
+        assert plan.merge_shared_bytes <= 48 << 10
+        assert plan.queries_per_tile * plan.query_tiles >= batch
+        assert 1 <= plan.parts <= -(-count // 128)
+        assert plan.workspace_bytes < (1 << 20) + 64 * batch * (576 + 16 * k) + 512 * multiprocessors * 64 * (k + 512)
+        if count >= 1_000_000:  # every multiprocessor has work
+            assert plan.parts * plan.query_tiles >= 0.75 * multiprocessors

@@ -139,9 +139,9 @@ def test_pool_memory_matches_float64(lengths, columns, num_memory, dtype, normed
         return [memory.detach(), mse.detach(), *grads]
 
     exact, eager = run(torch.float64), run(dtype)
-    memory, mse = kernels.pool_memory_forward(hidden, offsets, num_memory, weight, 1e-5)
+    memory, mse, difference = kernels.pool_memory_forward(hidden, offsets, num_memory, weight, 1e-5)
     grad_hidden, grad_weight = kernels.pool_memory_backward(
-        grad_memory, grad_mse, hidden, offsets, num_memory, weight, 1e-5
+        grad_memory, grad_mse, difference, hidden, offsets, num_memory, weight, 1e-5
     )
     assert (memory.dtype, mse.dtype, grad_hidden.dtype, grad_weight.dtype) == (
         dtype,
@@ -161,9 +161,9 @@ def test_pool_memory_matches_float64(lengths, columns, num_memory, dtype, normed
 def test_pool_memory_covers_rows_outside_the_segments():
     hidden = torch.randn(10, 6)
     offsets = torch.tensor([2, 7], dtype=torch.int32)
-    memory, _ = kernels.pool_memory_forward(hidden, offsets, 2, None, 1e-6)
+    memory, _, difference = kernels.pool_memory_forward(hidden, offsets, 2, None, 1e-6)
     assert torch.equal(memory[0], hidden[5:7])
-    grad, _ = kernels.pool_memory_backward(memory, torch.ones(1), hidden, offsets, 2, None, 1e-6)
+    grad, _ = kernels.pool_memory_backward(memory, torch.ones(1), difference, hidden, offsets, 2, None, 1e-6)
     assert (grad[:2] == 0).all()
     assert (grad[7:] == 0).all()
 

@@ -1,9 +1,12 @@
-"""What the launchers share."""
+"""What the launchers share: device, interpreter, how much to split, and which configuration a kernel runs with."""
 
 from __future__ import annotations
 
+import inspect
 import os
+from collections.abc import Callable
 from functools import lru_cache
+from typing import Any
 
 import torch
 import triton
@@ -11,6 +14,46 @@ from torch import Tensor
 
 # The interpreter computes bfloat16 wrongly: kernels then widen what they load at once.
 INTERPRETING = os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+# A configuration: blocks, num_warps and num_stages.
+Blocks = dict[str, int]
+
+_autotuning = os.environ.get("CLARA_FAST_AUTOTUNE", "0") == "1"
+
+
+def autotune(enabled: bool = True) -> None:
+    """Lets kernels try a few configurations around the usual one at their first call (``CLARA_FAST_AUTOTUNE=1``).
+
+    Triton keeps the fastest on disk, beside its compiled kernels. Trying waits for the device, so it has to happen
+    before a CUDA graph is captured.
+    """
+    global _autotuning
+    _autotuning = enabled
+
+
+@lru_cache(maxsize=256)
+def _autotuner(kernel: Any, candidates: tuple[tuple[tuple[str, int], ...], ...], key: tuple[str, ...]) -> Any:
+    configs = []
+    for candidate in candidates:
+        blocks = dict(candidate)
+        options = {name: blocks.pop(name) for name in ("num_warps", "num_stages") if name in blocks}
+        configs.append(triton.Config(blocks, **options))
+    cached = "cache_results" in inspect.signature(triton.autotune).parameters
+    return triton.autotune(configs, key=list(key), **({"cache_results": True} if cached else {}))(kernel)
+
+
+def launch(
+    kernel: Any, grid: tuple[int, ...] | Callable, *arguments: Any, candidates: list[Blocks], **constants: Any
+) -> None:
+    """``kernel[grid](*arguments, ...)`` with the first of ``candidates`` or, where autotuning is on, the fastest.
+
+    ``grid`` may be a function of the blocks.
+    """
+    if _autotuning and len(candidates) > 1 and not INTERPRETING:
+        choices = tuple(tuple(blocks.items()) for blocks in candidates)
+        _autotuner(kernel, choices, tuple(constants))[grid](*arguments, **constants)
+    else:
+        kernel[grid](*arguments, **constants, **candidates[0])
 
 
 def device_guard(tensor: Tensor) -> torch.cuda.device_of:
@@ -23,12 +66,19 @@ def num_processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
-def num_splits(pieces: int, size: int, device: torch.device, most: int = 16) -> int:
-    """Programs per piece of work so that ``pieces`` of them fill the device about four times over."""
-    wanted = triton.cdiv(4 * num_processors(device), max(pieces, 1))
-    return max(min(wanted, size, most), 1)
+@lru_cache(maxsize=16)
+def architecture(device: torch.device) -> int:
+    """Compute capability as one number: 80, 90, 100, ..."""
+    if device.type != "cuda":
+        return 80
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
 
 
-def warps_for(block: int) -> int:
-    """Threads for a block of float32 numbers in registers: 16 to 32 numbers each."""
-    return 4 if block <= 2048 else 8 if block <= 8192 else 16
+def num_splits(pieces: int, most: int, device: torch.device, per_processor: int = 4) -> int:
+    """Programs per piece of work, at most ``most``, so that ``pieces`` of them fill the device a few times over.
+
+    From shapes and the device alone: the grid is known without a look at the data, and sums are taken in one order.
+    """
+    wanted = triton.cdiv(per_processor * num_processors(device), max(pieces, 1))
+    return max(min(wanted, most), 1)

@@ -11,11 +11,11 @@ namespace clara_fast::cpu {
 
 using torch::stable::Tensor;
 
-std::tuple<Tensor, Tensor> pool_memory_forward(Tensor hidden, Tensor offsets, int64_t num_memory,
-                                               std::optional<Tensor> norm_weight, double norm_eps);
+std::tuple<Tensor, Tensor, Tensor> pool_memory_forward(Tensor hidden, Tensor offsets, int64_t num_memory,
+                                                       std::optional<Tensor> norm_weight, double norm_eps);
 
-std::tuple<Tensor, Tensor> pool_memory_backward(Tensor grad_memory, Tensor grad_mse, Tensor hidden,
-                                                Tensor offsets, int64_t num_memory,
+std::tuple<Tensor, Tensor> pool_memory_backward(Tensor grad_memory, Tensor grad_mse, Tensor difference,
+                                                Tensor hidden, Tensor offsets, int64_t num_memory,
                                                 std::optional<Tensor> norm_weight, double norm_eps);
 
 std::tuple<Tensor, Tensor> cosine_topk(Tensor queries, Tensor keys, int64_t k,

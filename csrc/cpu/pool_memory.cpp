@@ -1,4 +1,4 @@
-// pool_memory: one pass over the hidden states forward, two backward (the means again, then the gradients).
+// pool_memory: one pass over the hidden states forward, one backward, which gets the means' difference.
 #include <cmath>
 #include <cstring>
 #include <vector>
@@ -78,20 +78,21 @@ struct Pool {
     }
   }
 
-  // mean of the document rows - mean of the memory rows, over `difference`; false where there is no document
-  // row.
-  bool mean_difference(int64_t segment, float* difference, float* scratch) const {
+  // mean of the document rows - mean of the memory rows, over `difference`; 0 where there is no document row.
+  void mean_difference(int64_t segment, float* difference, float* scratch) const {
     const int64_t begin = offsets[segment];
     const int64_t end = offsets[segment + 1];
     const int64_t memory = end - num_memory;
-    if (begin == memory) return false;
+    if (begin == memory) {
+      std::fill_n(difference, columns, 0.0f);
+      return;
+    }
     sum(begin, memory, difference);
     sum(memory, end, scratch);
     const float document_count = static_cast<float>(memory - begin);
     const float memory_count = static_cast<float>(num_memory);
     for (int64_t i = 0; i < columns; ++i)
       difference[i] = difference[i] / document_count - scratch[i] / memory_count;
-    return true;
   }
 
   int64_t tasks() const {
@@ -105,19 +106,18 @@ float mean_square(const float* x, int64_t n) {
   return kernels()[Storage::kFloat32].square_sum(x, n) / static_cast<float>(n);
 }
 
-// One segment's gradient. `grad` and `difference` are scratch rows; grad_weight is added to (only with a
-// norm).
+// One segment's gradient. `step` and `grad` are scratch rows; grad_weight is added to (only with a norm).
 void segment_backward(const Pool& pool, int64_t segment, const Rows& grad_memory, float grad_mse,
-                      float* difference, float* grad, const MutableRows& grad_hidden, float* grad_weight) {
+                      const float* difference, float* step, float* grad, const MutableRows& grad_hidden,
+                      float* grad_weight) {
   const int64_t columns = pool.columns;
   const int64_t begin = pool.offsets[segment];
   const int64_t end = pool.offsets[segment + 1];
   const int64_t memory = end - pool.num_memory;
-  if (!pool.mean_difference(segment, difference, grad)) std::fill_n(difference, columns, 0.0f);
 
   // d mse / d (difference of means)
   const float factor = 2.0f * grad_mse / static_cast<float>(columns);
-  for (int64_t i = 0; i < columns; ++i) difference[i] *= factor;
+  for (int64_t i = 0; i < columns; ++i) step[i] = difference[i] * factor;
   const float document_share = 1.0f / static_cast<float>(std::max<int64_t>(1, memory - begin));
   const float memory_share = -1.0f / static_cast<float>(pool.num_memory);
 
@@ -129,7 +129,7 @@ void segment_backward(const Pool& pool, int64_t segment, const Rows& grad_memory
                             grad_hidden[row], grad_weight);
   };
 
-  for (int64_t i = 0; i < columns; ++i) grad[i] = difference[i] * document_share;
+  for (int64_t i = 0; i < columns; ++i) grad[i] = step[i] * document_share;
   for (int64_t row = begin; row < memory; ++row) {
     if (pool.normed()) {
       normed_row(row);
@@ -143,34 +143,36 @@ void segment_backward(const Pool& pool, int64_t segment, const Rows& grad_memory
     const void* from_above = grad_memory[segment * pool.num_memory + j];
     if (pool.normed()) {
       pool.rows.widen(from_above, columns, columns, grad);
-      for (int64_t i = 0; i < columns; ++i) grad[i] += memory_share * difference[i];
+      for (int64_t i = 0; i < columns; ++i) grad[i] += memory_share * step[i];
       normed_row(memory + j);
     } else {
-      pool.rows.add_scaled(from_above, columns, memory_share, difference, grad_hidden[memory + j]);
+      pool.rows.add_scaled(from_above, columns, memory_share, step, grad_hidden[memory + j]);
     }
   }
 }
 
 }  // namespace
 
-std::tuple<Tensor, Tensor> pool_memory_forward(Tensor hidden, Tensor offsets, int64_t num_memory,
-                                               std::optional<Tensor> norm_weight, double norm_eps) {
+std::tuple<Tensor, Tensor, Tensor> pool_memory_forward(Tensor hidden, Tensor offsets, int64_t num_memory,
+                                                       std::optional<Tensor> norm_weight, double norm_eps) {
   const Pool pool(hidden, offsets, num_memory, norm_weight, norm_eps);
   const int64_t columns = pool.columns;
   Tensor memory = torch::stable::new_empty(hidden, {pool.segments, num_memory, columns});
   Tensor mse = torch::stable::new_empty(hidden, {pool.segments}, ScalarType::Float);
+  Tensor differences = torch::stable::new_empty(hidden, {pool.segments, columns}, ScalarType::Float);
   const MutableRows memory_rows(memory, pool.storage, columns);
+  float* difference_rows = static_cast<float*>(differences.mutable_data_ptr());
   float* losses = static_cast<float*>(mse.mutable_data_ptr());
 
   const int64_t tasks = pool.tasks();
-  std::vector<float> scratch(tasks * 2 * columns);
+  std::vector<float> scratch(tasks * columns);
   torch::stable::parallel_for(0, tasks, 1, [&](int64_t first, int64_t last) {
     for (int64_t task = first; task < last; ++task) {
-      float* difference = scratch.data() + task * 2 * columns;
       const int64_t end = part_begin(pool.segments, task + 1, tasks);
       for (int64_t s = part_begin(pool.segments, task, tasks); s < end; ++s) {
-        const bool document = pool.mean_difference(s, difference, difference + columns);
-        losses[s] = document ? mean_square(difference, columns) : 0.0f;
+        float* difference = difference_rows + s * columns;
+        pool.mean_difference(s, difference, scratch.data() + task * columns);
+        losses[s] = mean_square(difference, columns);
         const int64_t first_memory = pool.offsets[s + 1] - num_memory;
         for (int64_t j = 0; j < num_memory; ++j) {
           const void* row = pool.hidden[first_memory + j];
@@ -184,11 +186,11 @@ std::tuple<Tensor, Tensor> pool_memory_forward(Tensor hidden, Tensor offsets, in
       }
     }
   });
-  return {memory, mse};
+  return {memory, mse, differences};
 }
 
-std::tuple<Tensor, Tensor> pool_memory_backward(Tensor grad_memory, Tensor grad_mse, Tensor hidden,
-                                                Tensor offsets, int64_t num_memory,
+std::tuple<Tensor, Tensor> pool_memory_backward(Tensor grad_memory, Tensor grad_mse, Tensor difference,
+                                                Tensor hidden, Tensor offsets, int64_t num_memory,
                                                 std::optional<Tensor> norm_weight, double norm_eps) {
   const Pool pool(hidden, offsets, num_memory, norm_weight, norm_eps);
   const int64_t columns = pool.columns;
@@ -196,11 +198,14 @@ std::tuple<Tensor, Tensor> pool_memory_backward(Tensor grad_memory, Tensor grad_
   check_type(grad_memory, "grad_memory", hidden.scalar_type());
   check_shape(grad_mse, "grad_mse", {pool.segments});
   check_type(grad_mse, "grad_mse", ScalarType::Float);
+  check_shape(difference, "difference", {pool.segments, columns});
+  check_type(difference, "difference", ScalarType::Float);
   Tensor grad_hidden = torch::stable::new_empty(hidden, hidden.sizes());
   Tensor grad_weight = torch::stable::new_empty(hidden, {pool.normed() ? columns : 0}, ScalarType::Float);
   const Rows memory_rows(grad_memory, pool.storage, columns);
   const MutableRows hidden_rows(grad_hidden, pool.storage, columns);
   const float* losses = static_cast<const float*>(grad_mse.const_data_ptr());
+  const float* difference_rows = static_cast<const float*>(difference.const_data_ptr());
 
   // Rows outside every segment
   std::memset(hidden_rows[0], 0, static_cast<size_t>(pool.offsets[0] * hidden_rows.stride));
@@ -209,17 +214,18 @@ std::tuple<Tensor, Tensor> pool_memory_backward(Tensor grad_memory, Tensor grad_
 
   // With a norm the split decides how grad_norm_weight is summed, so it must not depend on the threads.
   const int64_t tasks = pool.normed() ? std::clamp<int64_t>(pool.segments, 1, kWeightParts) : pool.tasks();
-  // Per task: the mean difference, an incoming gradient, a segment's and the task's weight gradient.
+  // Per task: the mean's gradient, an incoming gradient, a segment's and the task's weight gradient.
   std::vector<float> scratch(tasks * 4 * columns, 0.0f);
   torch::stable::parallel_for(0, tasks, 1, [&](int64_t first, int64_t last) {
     for (int64_t task = first; task < last; ++task) {
-      float* difference = scratch.data() + task * 4 * columns;
-      float* grad = difference + columns;
+      float* step = scratch.data() + task * 4 * columns;
+      float* grad = step + columns;
       float* segment_weight = grad + columns;
       float* task_weight = segment_weight + columns;
       const int64_t end = part_begin(pool.segments, task + 1, tasks);
       for (int64_t s = part_begin(pool.segments, task, tasks); s < end; ++s) {
-        segment_backward(pool, s, memory_rows, losses[s], difference, grad, hidden_rows, segment_weight);
+        segment_backward(pool, s, memory_rows, losses[s], difference_rows + s * columns, step, grad,
+                         hidden_rows, segment_weight);
         if (pool.normed()) {
           for (int64_t i = 0; i < columns; ++i) task_weight[i] += segment_weight[i];
           std::fill_n(segment_weight, columns, 0.0f);

@@ -83,7 +83,7 @@ def vast_zeros(*shape: int, dtype: torch.dtype) -> Tensor:
 
 def vast_pool_memory_arguments() -> tuple[Tensor, Tensor, Tensor]:
     """hidden of more than 2^31 elements whose last rows hold something, their offsets, and these rows."""
-    rows, size, last = 2**17 + 9, 16384, 7
+    rows, size, last = 2**18 + 9, 8192, 7
     hidden = vast_zeros(rows, size, dtype=torch.float16)
     hidden[-last:] = torch.randn(last, size)
     return hidden, torch.tensor([rows - last, rows], dtype=torch.int32), hidden[-last:].clone()

@@ -40,6 +40,7 @@ def samples(dtype):
             (
                 rand(3, 2, 6, grad=False),
                 torch.ones(3, dtype=wide),
+                torch.ones(3, 6, dtype=wide),
                 rand(15, 6, grad=False),
                 OFFSETS,
                 2,

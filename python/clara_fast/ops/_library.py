@@ -20,10 +20,11 @@ import torch
 
 NATIVE_SCHEMAS = {
     "pool_memory_forward": (
-        "(Tensor hidden, Tensor offsets, int num_memory, Tensor? norm_weight, float norm_eps) -> (Tensor, Tensor)"
+        "(Tensor hidden, Tensor offsets, int num_memory, Tensor? norm_weight, float norm_eps) "
+        "-> (Tensor, Tensor, Tensor)"
     ),
     "pool_memory_backward": (
-        "(Tensor grad_memory, Tensor grad_mse, Tensor hidden, Tensor offsets, int num_memory, "
+        "(Tensor grad_memory, Tensor grad_mse, Tensor difference, Tensor hidden, Tensor offsets, int num_memory, "
         "Tensor? norm_weight, float norm_eps) -> (Tensor, Tensor)"
     ),
     "cosine_topk": "(Tensor queries, Tensor keys, int k, Tensor? key_scales) -> (Tensor, Tensor)",

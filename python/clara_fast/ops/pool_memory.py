@@ -11,7 +11,7 @@ from torch import Tensor
 
 from clara_fast.ops import _library
 
-_TRITON_SIZE = 16384
+_TRITON_SIZE = 8192
 
 
 def _accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -62,7 +62,7 @@ def _memory_rows(offsets: Tensor, num_memory: int) -> Tensor:
 
 def _forward(
     hidden: Tensor, offsets: Tensor, num_memory: int, norm_weight: Tensor | None, norm_eps: float
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     floating = (hidden,) if norm_weight is None else (hidden, norm_weight)
     if offsets.shape[0] > 1:
         weight = None if norm_weight is None else norm_weight.contiguous()
@@ -81,18 +81,20 @@ def _triton_kernels(hidden: Tensor, *others: Tensor) -> ModuleType | None:
 
 def _forward_plain(
     hidden: Tensor, offsets: Tensor, num_memory: int, norm_weight: Tensor | None, norm_eps: float
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     segments = offsets.shape[0] - 1
     rows = _normalise(hidden, norm_weight, None if norm_weight is None else _inverse_rms(hidden, norm_eps))
     document, memory_mean, counts = _means(rows, _bounds(offsets, num_memory), num_memory)
-    mse = (document - memory_mean).square().mean(1).masked_fill(counts.squeeze(1) == 0, 0)
+    # 0 where there is no document row.
+    difference = (document - memory_mean).masked_fill_(counts == 0, 0)
     memory = rows.index_select(0, _memory_rows(offsets, num_memory)).view(segments, num_memory, hidden.shape[1])
-    return memory, mse
+    return memory, difference.square().mean(1), difference
 
 
 def _backward(
     grad_memory: Tensor,
     grad_mse: Tensor,
+    difference: Tensor,
     hidden: Tensor,
     offsets: Tensor,
     num_memory: int,
@@ -103,18 +105,19 @@ def _backward(
     if offsets.shape[0] > 1:
         weight = None if norm_weight is None else norm_weight.contiguous()
         arguments = (hidden.contiguous(), offsets.contiguous(), num_memory, weight, norm_eps)
-        upstream = (grad_memory.contiguous(), grad_mse.contiguous())
+        upstream = (grad_memory.contiguous(), grad_mse.contiguous(), difference.contiguous())
         if kernel := _library.native_kernel("pool_memory_backward", *floating):
             grad_hidden, grad_weight = kernel(*upstream, *arguments)
             return grad_hidden, hidden.new_empty(0) if weight is None else grad_weight.to(weight.dtype)
         if triton := _triton_kernels(*floating):
             return triton.pool_memory_bwd(*upstream, *arguments)
-    return _backward_plain(grad_memory, grad_mse, hidden, offsets, num_memory, norm_weight, norm_eps)
+    return _backward_plain(grad_memory, grad_mse, difference, hidden, offsets, num_memory, norm_weight, norm_eps)
 
 
 def _backward_plain(
     grad_memory: Tensor,
     grad_mse: Tensor,
+    difference: Tensor,
     hidden: Tensor,
     offsets: Tensor,
     num_memory: int,
@@ -122,21 +125,19 @@ def _backward_plain(
     norm_eps: float,
 ) -> tuple[Tensor, Tensor]:
     dtype = _accumulate_dtype(hidden.dtype)
-    inverse_rms = None if norm_weight is None else _inverse_rms(hidden, norm_eps)
-    rows = _normalise(hidden, norm_weight, inverse_rms)
     bounds = _bounds(offsets, num_memory)
-    document, memory_mean, counts = _means(rows, bounds, num_memory)
-    difference = (document - memory_mean) * (grad_mse.to(dtype).unsqueeze(1) * (2 / hidden.shape[1]))
-    difference.masked_fill_(counts == 0, 0)
+    counts = (bounds[1::2] - bounds[:-1:2]).unsqueeze(1)
+    step = difference * (grad_mse.to(dtype).unsqueeze(1) * (2 / hidden.shape[1]))
     # One gradient row per run of rows: before the first segment, document 0, memory 0, ..., after the last.
-    runs = torch.stack((difference / counts.clamp(min=1), difference / -num_memory), 1).flatten(0, 1)
+    runs = torch.stack((step / counts.clamp(min=1), step / -num_memory), 1).flatten(0, 1)
     runs = torch.cat((runs.new_zeros(1, runs.shape[1]), runs, runs.new_zeros(1, runs.shape[1])))
     row_index = torch.arange(hidden.shape[0], device=hidden.device)
     grad_rows = runs.index_select(0, torch.searchsorted(bounds, row_index, right=True))
     memory_rows = _memory_rows(offsets, num_memory)
     grad_rows.index_add_(0, memory_rows, grad_memory.to(dtype).flatten(0, 1))
-    if norm_weight is None or inverse_rms is None:
+    if norm_weight is None:
         return grad_rows.to(hidden.dtype), hidden.new_empty(0)
+    inverse_rms = _inverse_rms(hidden, norm_eps)
     normalised = hidden.to(dtype) * inverse_rms
     grad_weight = (grad_rows * normalised.to(hidden.dtype)).sum(0)
     grad_normalised = grad_rows * norm_weight
@@ -148,35 +149,36 @@ def _backward_plain(
 def _fake(hidden, offsets, num_memory, norm_weight, norm_eps):
     segments = offsets.shape[0] - 1
     memory = hidden.new_empty((segments, num_memory, hidden.shape[1]))
-    return memory, hidden.new_empty((segments,), dtype=_accumulate_dtype(hidden.dtype))
+    dtype = _accumulate_dtype(hidden.dtype)
+    mse = hidden.new_empty((segments,), dtype=dtype)
+    return memory, mse, hidden.new_empty((segments, hidden.shape[1]), dtype=dtype)
 
 
-def _backward_fake(grad_memory, grad_mse, hidden, offsets, num_memory, norm_weight, norm_eps):
+def _backward_fake(grad_memory, grad_mse, difference, hidden, offsets, num_memory, norm_weight, norm_eps):
     return hidden.new_empty(hidden.shape), hidden.new_empty(0 if norm_weight is None else norm_weight.shape)
 
 
 def _setup_context(ctx, inputs, output) -> None:
     hidden, offsets, ctx.num_memory, norm_weight, ctx.norm_eps = inputs
-    ctx.save_for_backward(hidden, offsets, norm_weight)
+    ctx.save_for_backward(output[2], hidden, offsets, norm_weight)
+    ctx.mark_non_differentiable(output[2])
 
 
-def _autograd_backward(ctx, grad_memory, grad_mse):
-    hidden, offsets, norm_weight = ctx.saved_tensors
-    grad_hidden, grad_weight = _backward_op(
-        grad_memory, grad_mse, hidden, offsets, ctx.num_memory, norm_weight, ctx.norm_eps
-    )
+def _autograd_backward(ctx, grad_memory, grad_mse, _):
+    *saved, norm_weight = ctx.saved_tensors
+    grad_hidden, grad_weight = _backward_op(grad_memory, grad_mse, *saved, ctx.num_memory, norm_weight, ctx.norm_eps)
     return grad_hidden, None, None, None if norm_weight is None else grad_weight, None
 
 
 _backward_op = _library.define(
-    "pool_memory_backward(Tensor grad_memory, Tensor grad_mse, Tensor hidden, Tensor offsets, "
+    "pool_memory_backward(Tensor grad_memory, Tensor grad_mse, Tensor difference, Tensor hidden, Tensor offsets, "
     "int num_memory, Tensor? norm_weight, float norm_eps) -> (Tensor, Tensor)",
     _backward,
     fake=_backward_fake,
 )
 _op = _library.define(
     "pool_memory(Tensor hidden, Tensor offsets, int num_memory, Tensor? norm_weight, float norm_eps) "
-    "-> (Tensor, Tensor)",
+    "-> (Tensor memory, Tensor mse, Tensor difference)",
     _forward,
     fake=_fake,
     setup_context=_setup_context,
@@ -251,4 +253,5 @@ def pool_memory(
     if norm_weight is not None:
         norm_weight = norm_weight.to(hidden.dtype)
     run = _forward if _library.is_plain_inference(hidden) else _op
-    return run(hidden, offsets, num_memory, norm_weight, norm_eps)
+    # The operator's third output, the difference of the means, is what its backward pass needs of them.
+    return run(hidden, offsets, num_memory, norm_weight, norm_eps)[:2]

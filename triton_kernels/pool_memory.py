@@ -293,7 +293,7 @@ def _row_blocks(size: int) -> Blocks:
     """One block of a power of two, or the largest inside and a second for the rest, if that is at most half of it."""
     block = max(triton.next_power_of_2(size), 16)
     tail = size - block // 2
-    if block > 32 and tail <= block // 4:
+    if 32 < block <= 4096 and tail <= block // 4:
         return {"BLOCK_D": block // 2, "BLOCK_TAIL": max(triton.next_power_of_2(tail), 16)}
     return {"BLOCK_D": block, "BLOCK_TAIL": 0}
 

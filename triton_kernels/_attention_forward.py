@@ -1,0 +1,231 @@
+"""Attention, forward: one pass over the keys that a block of rows sees, with a running softmax."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from clara_fast.triton_kernels._attention_common import (
+    COUNTS,
+    LN_2,
+    LOG2_E,
+    block_rows,
+    find_block,
+    find_source,
+    load_block,
+    seen_keys,
+)
+
+
+@triton.jit
+def _fwd_step(
+    b_q,  # [BLOCK_ROWS, BLOCK_E]
+    b_max,  # [BLOCK_ROWS], the largest score so far
+    b_sum,  # [BLOCK_ROWS], the sum of exp2(score - b_max)
+    b_acc,  # [BLOCK_ROWS, BLOCK_V]
+    p_k,  # [BLOCK_KEYS, BLOCK_E] pointers
+    p_v,  # [BLOCK_KEYS, BLOCK_V] pointers
+    o_n,  # [BLOCK_KEYS], places of the keys in their segment
+    b_last,  # [BLOCK_ROWS], the last key that a row sees
+    length,
+    scale,
+    o_e,
+    o_v,
+    MASKED: tl.constexpr,
+    SIZE: tl.constexpr,
+    VALUE_SIZE: tl.constexpr,
+    WIDEN: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    in_n = o_n < length
+    b_k = load_block(p_k, in_n, o_e, SIZE, BLOCK_E, MASKED, WIDEN)
+    b_v = load_block(p_v, in_n, o_v, VALUE_SIZE, BLOCK_V, MASKED, WIDEN)
+    # [BLOCK_ROWS, BLOCK_KEYS]
+    b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee") * scale
+    if MASKED:
+        b_s = tl.where(in_n[None, :] & (o_n[None, :] <= b_last[:, None]), b_s, float("-inf"))
+    b_new_max = tl.maximum(b_max, tl.max(b_s, 1))
+    # A row that has seen nothing yet: subtract 0, so that exp2(-inf) is 0 and not NaN.
+    b_base = tl.where(b_new_max == float("-inf"), 0.0, b_new_max) if MASKED else b_new_max
+    b_p = tl.exp2(b_s - b_base[:, None])
+    b_decay = tl.exp2(b_max - b_base)
+    b_sum = b_sum * b_decay + tl.sum(b_p, 1)
+    b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc * b_decay[:, None], input_precision="ieee")
+    return b_new_max, b_sum, b_acc
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def attention_fwd_kernel(
+    p_query,  # [Tq, Hq, E]
+    p_key,  # [Tk, Hkv, E]
+    p_value,  # [Tk, Hkv, Ev]
+    p_out,  # [Tq, Hq, Ev], or [splits, Tq, Hq, Ev] float32
+    p_lse,  # [Tq, Hq] float32, or [splits, Tq, Hq]
+    p_q_start,
+    p_q_len,
+    p_kv_start,
+    p_kv_len,
+    p_contexts,
+    scale,
+    num_segments,
+    num_contexts,
+    num_rows,
+    stride_qt,
+    stride_qh,
+    stride_kt,
+    stride_kh,
+    stride_vt,
+    stride_vh,
+    num_heads,
+    SPLIT: tl.constexpr,  # several programs share the keys of a block of rows
+    GROUPS: tl.constexpr,
+    SIZE: tl.constexpr,
+    VALUE_SIZE: tl.constexpr,
+    WIDEN: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_KEYS: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    # Later blocks of a segment see more keys: they start first.
+    pid = tl.num_programs(0) - 1 - tl.program_id(0)
+    segment, block = find_block(p_q_len, num_segments, pid, GROUPS, BLOCK_ROWS)
+    if segment >= num_segments:
+        return
+    head = tl.program_id(1).to(tl.int64)
+    q_start = tl.load(p_q_start + segment).to(tl.int64)
+    q_len = tl.load(p_q_len + segment)
+    o_i, o_t, o_h, in_row = block_rows(block * BLOCK_ROWS, q_start, q_len, head, GROUPS, BLOCK_ROWS)
+    first_row = block * BLOCK_ROWS // GROUPS
+    last_row = tl.minimum((block * BLOCK_ROWS + BLOCK_ROWS - 1) // GROUPS, q_len - 1)
+    o_e = tl.arange(0, BLOCK_E)
+    o_v = tl.arange(0, BLOCK_V)
+    o_block = tl.arange(0, BLOCK_KEYS)
+    # [BLOCK_ROWS, BLOCK_E]
+    p_q = p_query + o_t[:, None] * stride_qt + o_h[:, None] * stride_qh + o_e[None, :]
+    b_q = load_block(p_q, in_row, o_e, SIZE, BLOCK_E, True, WIDEN)
+    # [BLOCK_KEYS, BLOCK_E], [BLOCK_KEYS, BLOCK_V]
+    p_k_block = p_key + head * stride_kh + o_block[:, None].to(tl.int64) * stride_kt + o_e[None, :]
+    p_v_block = p_value + head * stride_vh + o_block[:, None].to(tl.int64) * stride_vt + o_v[None, :]
+    b_max = tl.full([BLOCK_ROWS], float("-inf"), tl.float32)
+    b_sum = tl.zeros([BLOCK_ROWS], tl.float32)
+    b_acc = tl.zeros([BLOCK_ROWS, BLOCK_V], tl.float32)
+    scale_2 = scale * LOG2_E
+    # This program's keys [low, high), counted through all of the sources.
+    low = 0
+    high = 0
+    before = 0
+    if SPLIT:
+        total = 0
+        for c in range(num_contexts + 1):
+            total += find_source(p_kv_start, p_kv_len, p_contexts, segment, c, num_contexts)[1]
+        share = tl.cdiv(tl.cdiv(total, tl.num_programs(2)), BLOCK_KEYS) * BLOCK_KEYS
+        low = tl.program_id(2) * share
+        high = low + share
+    # The contexts in full, then the segment's own keys up to the diagonal.
+    for c in range(num_contexts + 1):
+        start, length = find_source(p_kv_start, p_kv_len, p_contexts, segment, c, num_contexts)
+        shift, everyone, anyone = seen_keys(length, c == num_contexts, q_len, first_row, last_row)
+        begin = 0
+        if SPLIT:
+            begin = tl.maximum(low - before, 0)
+            everyone = tl.maximum(tl.minimum(everyone, high - before), begin)
+            anyone = tl.minimum(anyone, high - before)
+            before += length
+        # Blocks that nobody need mask, then the rest.
+        whole = begin + (everyone - begin) // BLOCK_KEYS * BLOCK_KEYS
+        for n in range(begin, whole, BLOCK_KEYS):
+            p_k = p_k_block + (start + n) * stride_kt
+            p_v = p_v_block + (start + n) * stride_vt
+            b_max, b_sum, b_acc = _fwd_step(
+                b_q, b_max, b_sum, b_acc, p_k, p_v, n + o_block, o_i + shift, anyone, scale_2, o_e, o_v,
+                False, SIZE, VALUE_SIZE, WIDEN, BLOCK_E, BLOCK_V,
+            )  # fmt: skip
+        for n in range(whole, anyone, BLOCK_KEYS):
+            p_k = p_k_block + (start + n) * stride_kt
+            p_v = p_v_block + (start + n) * stride_vt
+            b_max, b_sum, b_acc = _fwd_step(
+                b_q, b_max, b_sum, b_acc, p_k, p_v, n + o_block, o_i + shift, anyone, scale_2, o_e, o_v,
+                True, SIZE, VALUE_SIZE, WIDEN, BLOCK_E, BLOCK_V,
+            )  # fmt: skip
+    o_q = o_t * num_heads + o_h
+    if SPLIT:
+        o_q += tl.program_id(2).to(tl.int64) * num_rows * num_heads
+    b_out = b_acc / tl.where(b_sum == 0.0, 1.0, b_sum)[:, None]
+    p_o = p_out + o_q[:, None] * VALUE_SIZE + o_v[None, :]
+    tl.store(p_o, b_out.to(p_out.dtype.element_ty), in_row[:, None] & (o_v < VALUE_SIZE)[None, :])
+    tl.store(p_lse + o_q, (b_max + tl.log2(b_sum)) * LN_2, in_row)
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def attention_fwd_merge_kernel(
+    p_part_out,  # [splits, Tq * Hq, Ev] float32
+    p_part_lse,  # [splits, Tq * Hq] float32, -inf where a part saw nothing
+    p_out,  # [Tq * Hq, Ev]
+    p_lse,  # [Tq * Hq] float32
+    num_rows,
+    num_splits,
+    VALUE_SIZE: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_SPLITS: tl.constexpr,
+):
+    """One row of one head from its parts, always in the same order."""
+    row = tl.program_id(0).to(tl.int64)
+    o_s = tl.arange(0, BLOCK_SPLITS)
+    o_v = tl.arange(0, BLOCK_V)
+    o_part = o_s.to(tl.int64) * num_rows + row
+    # [BLOCK_SPLITS]
+    b_lse = tl.load(p_part_lse + o_part, o_s < num_splits, float("-inf"))
+    largest = tl.max(b_lse)
+    b_weight = tl.exp(b_lse - tl.where(largest == float("-inf"), 0.0, largest))
+    total = tl.sum(b_weight)
+    # [BLOCK_SPLITS, BLOCK_V]; what saw nothing may hold anything.
+    inside = (b_weight > 0.0)[:, None] & (o_v < VALUE_SIZE)[None, :]
+    b_part = tl.load(p_part_out + o_part[:, None] * VALUE_SIZE + o_v[None, :], inside, 0.0)
+    b_out = tl.sum(b_part * b_weight[:, None], 0) / tl.where(total == 0.0, 1.0, total)
+    tl.store(p_out + row * VALUE_SIZE + o_v, b_out.to(p_out.dtype.element_ty), o_v < VALUE_SIZE)
+    tl.store(p_lse + row, largest + tl.log(total))
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def attention_clear_kernel(
+    p_rows,  # [Tq, width]
+    p_lse,  # [Tq, Hq] float32 or unused
+    p_q_start,
+    p_q_len,
+    num_segments,
+    num_rows,
+    width,
+    num_heads,
+    HAS_LSE: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+):
+    """0, and -inf in ``lse``, in the rows of no segment; nothing is written to others."""
+    first = tl.program_id(0) * BLOCK_T
+    o_t = first + tl.arange(0, BLOCK_T)
+    # [BLOCK_T]
+    b_covered = tl.zeros([BLOCK_T], tl.int32)
+    for s in range(0, num_segments, BLOCK_S):
+        o_s = s + tl.arange(0, BLOCK_S)
+        b_start = tl.load(p_q_start + o_s, o_s < num_segments, 0)
+        b_end = b_start + tl.load(p_q_len + o_s, o_s < num_segments, 0)
+        inside = (o_t[:, None] >= b_start[None, :]) & (o_t[:, None] < b_end[None, :])
+        b_covered += tl.sum(inside.to(tl.int32), 1)
+    b_open = (b_covered == 0) & (o_t < num_rows)
+    num_open = tl.sum(b_open.to(tl.int32))
+    row = first - 1
+    for _ in range(num_open):
+        # The next of them.
+        row = tl.min(tl.where(b_open & (o_t > row), o_t, num_rows))
+        p_row = p_rows + row.to(tl.int64) * width
+        for w in range(0, width, BLOCK_W):
+            o_w = w + tl.arange(0, BLOCK_W)
+            tl.store(p_row + o_w, tl.zeros([BLOCK_W], p_rows.dtype.element_ty), o_w < width)
+        if HAS_LSE:
+            for h in range(0, num_heads, BLOCK_S):
+                o_h = h + tl.arange(0, BLOCK_S)
+                b_lse = tl.full([BLOCK_S], float("-inf"), tl.float32)
+                tl.store(p_lse + row.to(tl.int64) * num_heads + o_h, b_lse, o_h < num_heads)

@@ -8,6 +8,7 @@ import triton.language as tl
 from clara_fast.triton_kernels._attention_common import (
     COUNTS,
     LOG2_E,
+    PRECISION,
     SEGMENTS_AT_ONCE,
     block_rows,
     find_block,
@@ -50,13 +51,13 @@ def _bwd_query_step(
     b_k = load_block(p_k, in_n, o_e, SIZE, BLOCK_E, MASKED, WIDEN)
     b_v = load_block(p_v, in_n, o_v, VALUE_SIZE, BLOCK_V, MASKED, WIDEN)
     # [BLOCK_ROWS, BLOCK_KEYS]
-    b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee") * scale
+    b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * scale
     b_p = tl.exp2(b_s - b_lse[:, None])
     if MASKED:
         b_p = tl.where(in_n[None, :] & (o_n[None, :] <= b_last[:, None]), b_p, 0.0)
-    b_dp = tl.dot(b_g, tl.trans(b_v), input_precision="ieee")
+    b_dp = tl.dot(b_g, tl.trans(b_v), input_precision=PRECISION)
     b_ds = b_p * (b_dp - b_delta[:, None])
-    return tl.dot(b_ds.to(b_k.dtype), b_k, b_acc, input_precision="ieee")
+    return tl.dot(b_ds.to(b_k.dtype), b_k, b_acc, input_precision=PRECISION)
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -123,24 +124,24 @@ def attention_bwd_query_kernel(
     p_q = p_query + o_t[:, None] * stride_qt + o_h[:, None] * stride_qh + o_e[None, :]
     b_q = load_block(p_q, in_row, o_e, SIZE, BLOCK_E, True, WIDEN)
     b_acc = tl.zeros([BLOCK_ROWS, BLOCK_E], tl.float32)
-    # [BLOCK_KEYS, BLOCK_E], [BLOCK_KEYS, BLOCK_V]
-    p_k_block = p_key + head * stride_kh + o_block[:, None].to(tl.int64) * stride_kt + o_e[None, :]
-    p_v_block = p_value + head * stride_vh + o_block[:, None].to(tl.int64) * stride_vt + o_v[None, :]
+    # [BLOCK_KEYS, BLOCK_E], [BLOCK_KEYS, BLOCK_V]; the launcher keeps strides below 2^24.
+    o_key = o_block[:, None] * stride_kt + o_e[None, :]
+    o_value = o_block[:, None] * stride_vt + o_v[None, :]
     scale_2 = scale * LOG2_E
     for c in range(num_contexts + 1):
         start, length = find_source(p_kv_start, p_kv_len, p_contexts, segment, c, num_contexts)
         shift, everyone, anyone = seen_keys(length, c == num_contexts, q_len, first_row, last_row)
         whole = everyone // BLOCK_KEYS * BLOCK_KEYS
         for n in range(0, whole, BLOCK_KEYS):
-            p_k = p_k_block + (start + n) * stride_kt
-            p_v = p_v_block + (start + n) * stride_vt
+            p_k = p_key + ((start + n) * stride_kt + head * stride_kh) + o_key
+            p_v = p_value + ((start + n) * stride_vt + head * stride_vh) + o_value
             b_acc = _bwd_query_step(
                 b_q, b_g, b_lse, b_delta, b_acc, p_k, p_v, n + o_block, o_i + shift, anyone, scale_2, o_e, o_v,
                 False, SIZE, VALUE_SIZE, WIDEN, BLOCK_E, BLOCK_V,
             )  # fmt: skip
         for n in range(whole, anyone, BLOCK_KEYS):
-            p_k = p_k_block + (start + n) * stride_kt
-            p_v = p_v_block + (start + n) * stride_vt
+            p_k = p_key + ((start + n) * stride_kt + head * stride_kh) + o_key
+            p_v = p_value + ((start + n) * stride_vt + head * stride_vh) + o_value
             b_acc = _bwd_query_step(
                 b_q, b_g, b_lse, b_delta, b_acc, p_k, p_v, n + o_block, o_i + shift, anyone, scale_2, o_e, o_v,
                 True, SIZE, VALUE_SIZE, WIDEN, BLOCK_E, BLOCK_V,
@@ -191,15 +192,15 @@ def _bwd_key_step(
     b_lse = _load_lse(p_lse, o_q, in_row)
     b_delta = tl.load(p_delta + o_q, in_row, 0.0)
     # [BLOCK_KEYS, BLOCK_ROWS]
-    b_s = tl.dot(b_k, tl.trans(b_q), input_precision="ieee") * scale
+    b_s = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION) * scale
     b_p = tl.exp2(b_s - b_lse[None, :])
     if MASKED:
         in_n = (o_n >= 0) & (o_n < length)
         b_p = tl.where(in_n[:, None] & (o_n[:, None] <= o_i[None, :] + shift), b_p, 0.0)
-    b_dv = tl.dot(b_p.to(b_g.dtype), b_g, b_dv, input_precision="ieee")
-    b_dp = tl.dot(b_v, tl.trans(b_g), input_precision="ieee")
+    b_dv = tl.dot(b_p.to(b_g.dtype), b_g, b_dv, input_precision=PRECISION)
+    b_dp = tl.dot(b_v, tl.trans(b_g), input_precision=PRECISION)
     b_ds = b_p * (b_dp - b_delta[None, :])
-    return tl.dot(b_ds.to(b_q.dtype), b_q, b_dk, input_precision="ieee"), b_dv
+    return tl.dot(b_ds.to(b_q.dtype), b_q, b_dk, input_precision=PRECISION), b_dv
 
 
 @triton.jit(do_not_specialize=COUNTS)

@@ -13,6 +13,8 @@ import triton.language as tl
 COUNTS = ["num_segments", "num_contexts", "num_rows", "num_keys", "num_heads", "num_key_heads", "num_splits"]
 SEGMENTS_AT_ONCE = tl.constexpr(128)
 LOG2_E = tl.constexpr(1.4426950408889634)
+# float32 products on tensor cores, each as three of its 11-bit halves; nothing for other dtypes.
+PRECISION = tl.constexpr("tf32x3")
 LN_2 = tl.constexpr(0.6931471805599453)
 
 
@@ -42,18 +44,18 @@ def block_rows(row, q_start, q_len, head, GROUPS: tl.constexpr, BLOCK_ROWS: tl.c
 
 
 @triton.jit
-def load_block(p_block, in_row, o_e, SIZE: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr, WIDEN: tl.constexpr):
+def load_block(
+    p_block, in_row, o_e, SIZE: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr, WIDEN: tl.constexpr
+):
     """``[rows, BLOCK]`` at the pointers ``p_block``, 0 past ``SIZE`` and, if ``MASKED``, outside of ``in_row``."""
-    if MASKED:
-        if SIZE == BLOCK:
-            b = tl.load(p_block, in_row[:, None], 0.0)
-        else:
-            b = tl.load(p_block, in_row[:, None] & (o_e < SIZE)[None, :], 0.0)
+    if MASKED and SIZE != BLOCK:
+        b = tl.load(p_block, in_row[:, None] & (o_e < SIZE)[None, :], 0.0)
+    elif MASKED:
+        b = tl.load(p_block, in_row[:, None], 0.0)
+    elif SIZE != BLOCK:
+        b = tl.load(p_block, (o_e < SIZE)[None, :], 0.0)
     else:
-        if SIZE == BLOCK:
-            b = tl.load(p_block)
-        else:
-            b = tl.load(p_block, (o_e < SIZE)[None, :], 0.0)
+        b = tl.load(p_block)
     if WIDEN:
         b = b.to(tl.float32)
     return b

@@ -9,6 +9,7 @@ from clara_fast.triton_kernels._attention_common import (
     COUNTS,
     LN_2,
     LOG2_E,
+    PRECISION,
     block_rows,
     find_block,
     find_source,
@@ -42,7 +43,7 @@ def _fwd_step(
     b_k = load_block(p_k, in_n, o_e, SIZE, BLOCK_E, MASKED, WIDEN)
     b_v = load_block(p_v, in_n, o_v, VALUE_SIZE, BLOCK_V, MASKED, WIDEN)
     # [BLOCK_ROWS, BLOCK_KEYS]
-    b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee") * scale
+    b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * scale
     if MASKED:
         b_s = tl.where(in_n[None, :] & (o_n[None, :] <= b_last[:, None]), b_s, float("-inf"))
     b_new_max = tl.maximum(b_max, tl.max(b_s, 1))
@@ -51,7 +52,7 @@ def _fwd_step(
     b_p = tl.exp2(b_s - b_base[:, None])
     b_decay = tl.exp2(b_max - b_base)
     b_sum = b_sum * b_decay + tl.sum(b_p, 1)
-    b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc * b_decay[:, None], input_precision="ieee")
+    b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc * b_decay[:, None], input_precision=PRECISION)
     return b_new_max, b_sum, b_acc
 
 
@@ -78,7 +79,7 @@ def attention_fwd_kernel(
     stride_vt,
     stride_vh,
     num_heads,
-    SPLIT: tl.constexpr,  # several programs share the keys of a block of rows
+    DECODE: tl.constexpr,  # few rows: several programs may share the keys of a block
     GROUPS: tl.constexpr,
     SIZE: tl.constexpr,
     VALUE_SIZE: tl.constexpr,
@@ -105,9 +106,9 @@ def attention_fwd_kernel(
     # [BLOCK_ROWS, BLOCK_E]
     p_q = p_query + o_t[:, None] * stride_qt + o_h[:, None] * stride_qh + o_e[None, :]
     b_q = load_block(p_q, in_row, o_e, SIZE, BLOCK_E, True, WIDEN)
-    # [BLOCK_KEYS, BLOCK_E], [BLOCK_KEYS, BLOCK_V]
-    p_k_block = p_key + head * stride_kh + o_block[:, None].to(tl.int64) * stride_kt + o_e[None, :]
-    p_v_block = p_value + head * stride_vh + o_block[:, None].to(tl.int64) * stride_vt + o_v[None, :]
+    # [BLOCK_KEYS, BLOCK_E], [BLOCK_KEYS, BLOCK_V]; the launcher keeps strides below 2^24.
+    o_key = o_block[:, None] * stride_kt + o_e[None, :]
+    o_value = o_block[:, None] * stride_vt + o_v[None, :]
     b_max = tl.full([BLOCK_ROWS], float("-inf"), tl.float32)
     b_sum = tl.zeros([BLOCK_ROWS], tl.float32)
     b_acc = tl.zeros([BLOCK_ROWS, BLOCK_V], tl.float32)
@@ -116,7 +117,7 @@ def attention_fwd_kernel(
     low = 0
     high = 0
     before = 0
-    if SPLIT:
+    if DECODE:
         total = 0
         for c in range(num_contexts + 1):
             total += find_source(p_kv_start, p_kv_len, p_contexts, segment, c, num_contexts)[1]
@@ -127,30 +128,29 @@ def attention_fwd_kernel(
     for c in range(num_contexts + 1):
         start, length = find_source(p_kv_start, p_kv_len, p_contexts, segment, c, num_contexts)
         shift, everyone, anyone = seen_keys(length, c == num_contexts, q_len, first_row, last_row)
-        begin = 0
-        if SPLIT:
-            begin = tl.maximum(low - before, 0)
-            everyone = tl.maximum(tl.minimum(everyone, high - before), begin)
+        # Blocks that nobody need mask, then the rest; where few rows wait for their keys, masks cost nothing.
+        whole = everyone // BLOCK_KEYS * BLOCK_KEYS
+        if DECODE:
+            whole = tl.maximum(low - before, 0)
             anyone = tl.minimum(anyone, high - before)
             before += length
-        # Blocks that nobody need mask, then the rest.
-        whole = begin + (everyone - begin) // BLOCK_KEYS * BLOCK_KEYS
-        for n in range(begin, whole, BLOCK_KEYS):
-            p_k = p_k_block + (start + n) * stride_kt
-            p_v = p_v_block + (start + n) * stride_vt
-            b_max, b_sum, b_acc = _fwd_step(
-                b_q, b_max, b_sum, b_acc, p_k, p_v, n + o_block, o_i + shift, anyone, scale_2, o_e, o_v,
-                False, SIZE, VALUE_SIZE, WIDEN, BLOCK_E, BLOCK_V,
-            )  # fmt: skip
+        if not DECODE:
+            for n in range(0, whole, BLOCK_KEYS):
+                p_k = p_key + ((start + n) * stride_kt + head * stride_kh) + o_key
+                p_v = p_value + ((start + n) * stride_vt + head * stride_vh) + o_value
+                b_max, b_sum, b_acc = _fwd_step(
+                    b_q, b_max, b_sum, b_acc, p_k, p_v, n + o_block, o_i + shift, anyone, scale_2, o_e, o_v,
+                    False, SIZE, VALUE_SIZE, WIDEN, BLOCK_E, BLOCK_V,
+                )  # fmt: skip
         for n in range(whole, anyone, BLOCK_KEYS):
-            p_k = p_k_block + (start + n) * stride_kt
-            p_v = p_v_block + (start + n) * stride_vt
+            p_k = p_key + ((start + n) * stride_kt + head * stride_kh) + o_key
+            p_v = p_value + ((start + n) * stride_vt + head * stride_vh) + o_value
             b_max, b_sum, b_acc = _fwd_step(
                 b_q, b_max, b_sum, b_acc, p_k, p_v, n + o_block, o_i + shift, anyone, scale_2, o_e, o_v,
                 True, SIZE, VALUE_SIZE, WIDEN, BLOCK_E, BLOCK_V,
             )  # fmt: skip
     o_q = o_t * num_heads + o_h
-    if SPLIT:
+    if DECODE:
         o_q += tl.program_id(2).to(tl.int64) * num_rows * num_heads
     b_out = b_acc / tl.where(b_sum == 0.0, 1.0, b_sum)[:, None]
     p_o = p_out + o_q[:, None] * VALUE_SIZE + o_v[None, :]

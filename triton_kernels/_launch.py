@@ -31,6 +31,10 @@ def autotune(enabled: bool = True) -> None:
     _autotuning = enabled
 
 
+def autotuning() -> bool:
+    return _autotuning
+
+
 @lru_cache(maxsize=256)
 def _autotuner(kernel: Any, candidates: tuple[tuple[tuple[str, int], ...], ...], key: tuple[str, ...]) -> Any:
     configs = []

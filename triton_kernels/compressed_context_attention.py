@@ -28,8 +28,9 @@ _MOST_SPLITS = 32
 _CLEAR = {"BLOCK_T": 64, "BLOCK_S": 64, "BLOCK_W": 1024, "num_warps": 4}
 
 
-def _unit_stride(tensor: Tensor) -> Tensor:
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+def _addressable(tensor: Tensor) -> Tensor:
+    """Elements of a head side by side, and a block's rows so close that their offsets fit 32 bits."""
+    return tensor if tensor.stride(2) == 1 and tensor.stride(0) < 2**24 else tensor.contiguous()
 
 
 def _constants(query: Tensor, key: Tensor, value: Tensor) -> dict[str, int | bool]:
@@ -75,7 +76,7 @@ def compressed_context_attention_fwd(
     head, row and key that it sees, on tensor cores (float32: outside of them). In decoding each key head's keys are
     read once for all of its query heads, and the operations do not matter.
     """
-    query, key, value = _unit_stride(query), _unit_stride(key), _unit_stride(value)
+    query, key, value = _addressable(query), _addressable(key), _addressable(value)
     rows, heads, key_heads = query.shape[0], query.shape[1], key.shape[1]
     segments, contexts = layout[4].shape
     constants, device = _constants(query, key, value), query.device
@@ -116,7 +117,7 @@ def compressed_context_attention_fwd(
             rows,
             *_strides(query, key, value),
             heads,
-            SPLIT=splits > 1,
+            DECODE=few,
             **constants,
             candidates=candidates,
         )
@@ -163,7 +164,7 @@ def compressed_context_attention_bwd(
     ``4 * (E + Ev)`` (grad_key, grad_value) floating-point operations for each query head, row and key that it sees: the
     scores are computed twice, so that each gradient is summed by one program in one order.
     """
-    query, key, value = _unit_stride(query), _unit_stride(key), _unit_stride(value)
+    query, key, value = _addressable(query), _addressable(key), _addressable(value)
     grad_out, out = grad_out.contiguous(), out.contiguous()
     rows, heads, key_heads = query.shape[0], query.shape[1], key.shape[1]
     segments, contexts = layout[4].shape

@@ -18,14 +18,19 @@ _COUNTS = ["num_keys", "k", "num_splits", "num_square_splits"]
 _SLOTS = 16  # the smallest side of a matrix product
 # Blocks of the passes over candidates: a thread holds 32 elements, 16 bytes of each row.
 _ROWS: Blocks = {"BLOCK_N": 4, "BLOCK_R": 512, "num_warps": 2}
-_AFFINITY: Blocks = {"BLOCK_K": _SLOTS, "BLOCK_N": 16, "BLOCK_M": 128, "num_warps": 4, "num_stages": 4}
 _COPY: Blocks = {"BLOCK_M": 1024, "num_warps": 4}
+
+
+def _affinity_blocks(element_size: int) -> Blocks:
+    """256 bytes of 16 candidates and 16 slots at a time, four deep."""
+    return {"BLOCK_K": _SLOTS, "BLOCK_N": 16, "BLOCK_M": 256 // element_size, "num_warps": 4, "num_stages": 4}
 
 
 def _row_of_candidates(count: int) -> Blocks:
     """All candidates of a question in the registers of one program, and the parts of a sum taken at a time."""
     block = max(triton.next_power_of_2(count), 16)
-    return {"BLOCK_N": block, "BLOCK_SPLITS": max(min(2048 // block, 16), 1), "num_warps": 1 if block <= 128 else 4}
+    warps = 1 if block <= 128 else 4 if block <= 2048 else 8
+    return {"BLOCK_N": block, "BLOCK_SPLITS": max(min(2048 // block, 16), 1), "num_warps": warps}
 
 
 @triton.jit
@@ -201,7 +206,7 @@ def select_memory_affinity_kernel(
         if SQUARES:
             b_wide = b_m.to(tl.float32)
             b_square += tl.sum(b_wide * b_wide, 1)
-        b_a = tl.dot(b_g, tl.trans(b_m), b_a, input_precision="ieee")
+        b_a = tl.dot(b_g, tl.trans(b_m), b_a, input_precision="tf32x3")
     part = batch * num_splits + split
     p_a = p_affinity + (part * k + o_k[:, None]) * num_keys + o_n[None, :]
     tl.store(p_a, b_a, in_k[:, None] & in_n[None, :])
@@ -407,8 +412,9 @@ def select_memory_bwd(
     has_valid = valid is not None
     one_tensor = keys.data_ptr() == memory.data_ptr() and key_size == size
     grad_query, grad_keys, grad_memory = torch.empty_like(query), torch.empty_like(keys), torch.empty_like(memory)
-    key_blocks, slot_blocks = triton.cdiv(count, _AFFINITY["BLOCK_N"]), triton.cdiv(k, _SLOTS)
-    most = min(triton.cdiv(size, 4 * _AFFINITY["BLOCK_M"]), 64)
+    blocks = _affinity_blocks(memory.element_size())
+    key_blocks, slot_blocks = triton.cdiv(count, blocks["BLOCK_N"]), triton.cdiv(k, _SLOTS)
+    most = min(triton.cdiv(size, 4 * blocks["BLOCK_M"]), 64)
     splits = num_splits(batch * key_blocks * slot_blocks, most, keys.device)
     affinity = torch.empty((batch, splits, k, count), dtype=torch.float32, device=keys.device)
     grad_cosine = torch.empty((batch, count), dtype=torch.float32, device=keys.device)
@@ -432,7 +438,7 @@ def select_memory_bwd(
             HAS_VALID=has_valid,
             SQUARES=one_tensor,
             WIDEN=INTERPRETING,
-            **_AFFINITY,
+            **blocks,
         )
         select_memory_logits_kernel[(batch,)](
             affinity,

@@ -6,6 +6,7 @@ used, so that ``import clara_fast`` costs little beyond torch:
 - :class:`Clara` holds one causal language model in its three roles (compressor, query reasoner, generator);
 - :class:`MemoryStore` keeps memories and documents on disk and searches them;
 - :class:`ScpTrainer` trains compressor and generator together (stage 1 of the paper);
+- :func:`warmup` compiles ahead what a model will call on a GPU;
 - :mod:`clara_fast.ops` holds the fused operations by themselves, as ``torch.ops.clara_fast.*``.
 """
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from clara_fast.modeling import Answer as Answer
     from clara_fast.modeling import Clara as Clara
     from clara_fast.modeling import ClaraConfig as ClaraConfig
+    from clara_fast.ops import warmup as warmup
     from clara_fast.store import MemoryStore as MemoryStore
     from clara_fast.training import ScpTrainer as ScpTrainer
 
@@ -35,6 +37,7 @@ _HOME_OF = {
     "MemoryStore": "store",
     "ScpTrainer": "training",
     "ScpTrainingArguments": "training",
+    "warmup": "ops",
 }
 _SUBPACKAGES = ("modeling", "ops", "store", "training")
 

@@ -1,11 +1,13 @@
-"""Compiles every Triton kernel ahead of time, without a GPU, and reads off what it takes of one.
+"""Compiles the Triton kernels ahead of time, without a GPU, and reads off what they take of one.
 
-``python tests/ops/triton_compile.py`` prints the table that ``triton_resources.json`` records.
+Every kernel in every configuration that the launchers choose for common shapes and the three dtypes, as the table
+``triton_resources.json`` records them: ``python tests/ops/triton_compile.py`` prints it.
 """
 
 import json
 import re
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -13,109 +15,106 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from clara_fast.triton_kernels import compressed_context_attention as attention
-from clara_fast.triton_kernels import pool_memory, select_memory
+from clara_fast.triton_kernels import _attention_backward, _attention_blocks, _attention_forward, pool_memory
+from clara_fast.triton_kernels import select_memory as select
 
 ARCHITECTURES = (80, 90, 100)
 TABLE = Path(__file__).with_name("triton_resources.json")
+# Bytes of shared memory that a block may have.
+MOST_SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 
-_POOL = {"num_memory": "i32", "size": "i32", "eps": "fp32", "num_rows": "i32"}
-_SELECT = {"num_keys": "i32", "k": "i32", "size": "i32", "inverse_temperature": "fp32", "taken_logit": "fp32"}
-_ATTENTION = {
-    **dict.fromkeys(("num_segments", "num_contexts", "num_keys", "num_rows", "num_heads", "num_key_heads"), "i32"),
-    **dict.fromkeys([f"stride_{tensor}{axis}" for tensor in "qkv" for axis in "th"], "i32"),
-    "scale": "fp32",
+_ELEMENT_SIZE = {"bf16": 2, "fp16": 2, "fp32": 4}
+_FLOATS = ("eps", "scale", "inverse_temperature", "taken_logit")
+_POINTERS = {
+    **dict.fromkeys(("p_mse", "p_grad_mse", "p_difference", "p_parts", "p_grad_weight"), "fp32"),
+    **dict.fromkeys(("p_products", "p_squares", "p_scores", "p_norms", "p_affinity"), "fp32"),
+    **dict.fromkeys(("p_grad_scores", "p_grad_cosine", "p_lse", "p_delta", "p_grad_lse"), "fp32"),
+    **dict.fromkeys(("p_part_out", "p_part_lse"), "fp32"),
+    **dict.fromkeys(("p_offsets", "p_q_start", "p_q_len", "p_kv_start", "p_kv_len", "p_contexts"), "i32"),
+    **dict.fromkeys(("p_readers", "p_reader_ends"), "i32"),
+    "p_indices": "i64",
+    "p_valid": "i1",
 }
-_FLOAT32 = {
-    *("p_sums", "p_mse", "p_grad_mse", "p_step", "p_grad_weight", "p_scores", "p_norms", "p_affinity"),
-    *("p_grad_scores", "p_grad_cosine", "p_lse", "p_delta", "p_grad_lse"),
-}
-_INT32 = {"p_offsets", "p_q_start", "p_q_len", "p_kv_start", "p_kv_len", "p_contexts", "p_readers", "p_reader_ends"}
 
 
-def _attention(element: str, size: int, groups: int, blocks: dict) -> dict:
-    sizes = {"SIZE": size, "VALUE_SIZE": size, "BLOCK_E": size, "BLOCK_V": size}
-    return {"element": element, "GROUPS": groups, "WIDEN": False, "BLOCK_S": 128, **sizes, **blocks}
-
-
-class _Shape:
-    """Stands for a tensor where a launcher chooses its blocks."""
-
-    def __init__(self, element_size: int) -> None:
-        self.element_size = lambda: element_size
-
-
-def variants() -> dict[str, tuple]:
-    """name -> (kernel, scalar types, constants and options), as the launchers would call them."""
+def _pool_memory() -> dict[str, tuple]:
     cases = {}
-    for norm in (True, False):
-        name = "norm" if norm else "plain"
-        options = {"element": "bf16", "HAS_NORM": norm, "SPLITS": 8, "WIDEN": False}
-        forward = {**options, "STORE_MEMORY": True, **pool_memory._blocks(4096, pool_memory._FWD_TILE)}
-        cases[f"pool_memory_sums_{name}"] = (pool_memory.pool_memory_sums_kernel, _POOL, forward)
-        backward = {**options, **pool_memory._blocks(4096, pool_memory._BWD_TILE)}
-        cases[f"pool_memory_bwd_{name}"] = (pool_memory.pool_memory_bwd_kernel, _POOL, backward)
-    for backward in (False, True):
-        options = {"element": "bf16", "BACKWARD": backward, "SPLITS": 8, "BLOCK_D": 1024, "num_warps": 4}
-        name = "pool_memory_step" if backward else "pool_memory_mse"
-        cases[name] = (pool_memory.pool_memory_mse_kernel, _POOL, options)
-
-    valid = {"element": "bf16", "HAS_VALID": True}
-    for name, options in {
-        "scores": {**valid, "BLOCK_R": 1024, "num_warps": 4},
-        "topk": {**valid, "BLOCK_N": 32, "num_warps": 1},
-        "gather": {"element": "bf16", "BLOCK_M": 1024, "num_warps": 4},
-        "affinity": {
-            **valid,
-            "SPLITS": 8,
-            "WIDEN": False,
-            "BLOCK_K": 16,
-            "BLOCK_N": 16,
-            "BLOCK_M": 128,
-            "num_warps": 4,
-            "num_stages": 3,
-        },
-        "logits": {**valid, "SPLITS": 8, "BLOCK_N": 32, "num_warps": 1},
-        "grad_keys": {**valid, "BLOCK_R": 256, "num_warps": 2},
-        "grad_memory": {"element": "bf16", "BLOCK_M": 1024, "num_warps": 4},
-    }.items():
-        cases[f"select_memory_{name}"] = (getattr(select_memory, f"select_memory_{name}_kernel"), _SELECT, options)
-
-    for element, bytes_, size, groups in (("bf16", 2, 64, 3), ("bf16", 2, 128, 4), ("fp32", 4, 64, 3)):
-        shape = _Shape(bytes_)
-        name = f"{element}_{size}"
-        for label, rows in (("prefill", 1024), ("decode", 1)):
-            options = _attention(element, size, groups, attention._fwd_blocks(shape, rows, size))
-            cases[f"attention_fwd_{label}_{name}"] = (attention.attention_fwd_kernel, _ATTENTION, options)
-        options = _attention(element, size, groups, attention._bwd_blocks(shape, size))
-        cases[f"attention_bwd_query_{name}"] = (attention.attention_bwd_query_kernel, _ATTENTION, options)
-        cases[f"attention_bwd_key_{name}"] = (attention.attention_bwd_key_kernel, _ATTENTION, options)
-    options = {"element": "bf16", "HAS_GRAD_LSE": True, "VALUE_SIZE": 64, "BLOCK_V": 64, "BLOCK_ROWS": 64}
-    cases["attention_bwd_delta"] = (attention.attention_bwd_delta_kernel, _ATTENTION, options)
+    for element, size in (("bf16", 576), ("bf16", 4096), ("fp32", 4096)):
+        blocks = pool_memory._row_blocks(size) | pool_memory._tiles(size, _ELEMENT_SIZE[element])[0]
+        for norm in (True, False):
+            constants = {"WIDEN": False, "HAS_NORM": norm, **blocks} | ({} if norm else {"p_weight": None})
+            name = f"{element}_{size}_{'norm' if norm else 'plain'}"
+            forward = constants | {"ONE_SPLIT": True}
+            cases[f"pool_memory_fwd_{name}"] = (pool_memory.pool_memory_fwd_kernel, element, forward)
+            backward = constants | ({} if norm else {"p_grad_weight": None})
+            cases[f"pool_memory_bwd_{name}"] = (pool_memory.pool_memory_bwd_kernel, element, backward)
+    options = {"BLOCK_SPLITS": 8, "BLOCK_D": 1024, "num_warps": 8}
+    cases["pool_memory_fwd_sum"] = (pool_memory.pool_memory_fwd_sum_kernel, "bf16", options)
     return cases
 
 
-def compile_kernel(kernel, scalars: dict, options: dict, architecture: int):
-    """Pointers and row strides are multiples of 16, as torch's allocations and the usual sizes are."""
+def _select_memory() -> dict[str, tuple]:
+    rows = {"HAS_VALID": True, **select._ROWS}
+    cases = {
+        "select_memory_products": (select.select_memory_products_kernel, "bf16", rows),
+        "select_memory_grad_keys": (select.select_memory_grad_keys_kernel, "bf16", rows),
+        "select_memory_gather": (select.select_memory_gather_kernel, "bf16", select._COPY),
+        "select_memory_grad_memory": (select.select_memory_grad_memory_kernel, "bf16", select._COPY),
+    }
+    for count in (20, 4096):
+        row = {"HAS_VALID": True, **select._row_of_candidates(count)}
+        cases[f"select_memory_topk_{count}"] = (select.select_memory_topk_kernel, "bf16", row)
+        cases[f"select_memory_logits_{count}"] = (select.select_memory_logits_kernel, "bf16", row)
+    for element in ("bf16", "fp32"):
+        options = {"HAS_VALID": True, "SQUARES": True, "WIDEN": False}
+        options |= select._affinity_blocks(_ELEMENT_SIZE[element])
+        cases[f"select_memory_affinity_{element}"] = (select.select_memory_affinity_kernel, element, options)
+    return cases
+
+
+def _attention(architecture: int) -> dict[str, tuple]:
+    cases = {}
+    for element, size in (("bf16", 64), ("bf16", 80), ("bf16", 128), ("bf16", 256), ("fp32", 64), ("fp32", 128)):
+        block = triton.next_power_of_2(size)
+        constants = {"GROUPS": 4, "SIZE": size, "VALUE_SIZE": size, "BLOCK_E": block, "BLOCK_V": block, "WIDEN": False}
+        chosen = architecture, _ELEMENT_SIZE[element], block
+        tail = f"{element}_{size}"
+        forward = {"decode": (True, False), "prefill": (False, True), "short": (False, False)}
+        for label, rows in forward.items():
+            options = {"DECODE": label == "decode", **constants, **_attention_blocks.fwd_blocks(*chosen, *rows)[0]}
+            cases[f"attention_fwd_{label}_{tail}"] = (_attention_forward.attention_fwd_kernel, element, options)
+        options = {"HAS_GRAD_LSE": False, "p_grad_lse": None, **constants}
+        options |= _attention_blocks.bwd_query_blocks(*chosen)[0]
+        cases[f"attention_bwd_query_{tail}"] = (_attention_backward.attention_bwd_query_kernel, element, options)
+        options = constants | _attention_blocks.bwd_key_blocks(*chosen)[0]
+        cases[f"attention_bwd_key_{tail}"] = (_attention_backward.attention_bwd_key_kernel, element, options)
+    options = {"VALUE_SIZE": 128, "BLOCK_V": 128, "BLOCK_SPLITS": 32, "num_warps": 4}
+    cases["attention_fwd_merge"] = (_attention_forward.attention_fwd_merge_kernel, "bf16", options)
+    options = {"HAS_LSE": True, "BLOCK_T": 64, "BLOCK_S": 64, "BLOCK_W": 1024, "num_warps": 4}
+    cases["attention_clear"] = (_attention_forward.attention_clear_kernel, "bf16", options)
+    return cases
+
+
+def variants(architecture: int) -> dict[str, tuple]:
+    """name -> (kernel, element type, constants and options), as the launchers would call them."""
+    return _pool_memory() | _select_memory() | _attention(architecture)
+
+
+def compile_kernel(kernel, element: str, options: dict, architecture: int):
+    """Pointers, sizes and strides are multiples of 16, as torch's allocations and the usual sizes are."""
     options = dict(options)
-    element = options.pop("element")
     launch = {name: options.pop(name) for name in ("num_warps", "num_stages") if name in options}
     signature, constants, attributes = {}, {}, {}
     for position, parameter in enumerate(kernel.params):
         name = parameter.name
-        if parameter.is_constexpr:
+        if parameter.is_constexpr or name in options:
             signature[name] = "constexpr"
             constants[name] = options[name]
-            continue
-        if name in scalars:
-            signature[name] = scalars[name]
-            aligned = name.startswith("stride") or name == "size"
+        elif name.startswith("p_"):
+            signature[name] = f"*{_POINTERS.get(name, element)}"
         else:
-            kind = "fp32" if name in _FLOAT32 else "i32" if name in _INT32 else element
-            kind = "i64" if name == "p_indices" else "i1" if name == "p_valid" else kind
-            signature[name] = f"*{kind}"
-            aligned = True
-        if aligned:
+            signature[name] = "fp32" if name in _FLOATS else "i32"
+        if signature[name] not in ("constexpr", "fp32") and not parameter.do_not_specialize:
             attributes[(position,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constexprs=constants, attrs=attributes)
     return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=launch)
@@ -127,9 +126,8 @@ def resources(compiled) -> dict[str, int]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        text = subprocess.run(
-            [tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
-        ).stdout
+        command = [tool, "--dump-resource-usage", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     found = dict(re.findall(r"(REG|STACK):(\d+)", text))
     return {
         "registers": int(found["REG"]),
@@ -139,11 +137,14 @@ def resources(compiled) -> dict[str, int]:
     }
 
 
-def table(architectures=ARCHITECTURES) -> dict[str, dict[str, dict[str, int]]]:
-    return {
-        name: {f"sm_{architecture}": resources(compile_kernel(*case, architecture)) for architecture in architectures}
-        for name, case in variants().items()
-    }
+def table() -> dict[str, dict[str, dict[str, int]]]:
+    rows: dict[str, dict] = {}
+    for architecture in map(int, sys.argv[1:]) if len(sys.argv) > 1 else ARCHITECTURES:
+        for name, case in variants(architecture).items():
+            found = resources(compile_kernel(*case, architecture))
+            print(architecture, name, found, file=sys.stderr, flush=True)
+            rows.setdefault(name, {})[f"sm_{architecture}"] = found
+    return rows
 
 
 if __name__ == "__main__":

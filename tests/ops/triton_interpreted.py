@@ -56,7 +56,7 @@ def test_pool_memory(name, dtype, norm):
 
 
 def test_pool_memory_of_many_rows():
-    """More rows than one program's tile, and an Inf that stays in its document."""
+    """Several programs to a segment, and an Inf that stays in its document."""
     hidden = rand(1200, 16)
     hidden[3, 2] = torch.inf
     offsets = torch.tensor([0, 700, 1200], dtype=torch.int32)
@@ -65,6 +65,18 @@ def test_pool_memory_of_many_rows():
     assert torch.equal(memory, expected.float())
     assert mse[0] == torch.inf
     torch.testing.assert_close(mse[1].double(), expected_mse[1])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_pool_memory_in_two_blocks_and_several_parts(dtype):
+    """80 = 64 + 16, segments that four programs share, and rows of none."""
+    offsets = torch.tensor([1, 131, 259], dtype=torch.int32)
+    inputs = [rand(264, 80, dtype=dtype), rand(80, dtype=dtype)]
+    functions = [
+        lambda hidden, weight, f=f: f(hidden, offsets, 40, norm_weight=weight)
+        for f in (ops.pool_memory, reference.pool_memory)
+    ]
+    assert_within_budget(*functions, inputs, rounded_within=dtype)
 
 
 VALID = {
@@ -114,6 +126,17 @@ def test_select_memory_of_more_than_a_block():
     assert_within_budget(*functions, inputs, factor=3)
 
 
+def test_select_memory_whose_keys_are_the_memory():
+    """Their norms come from the pass over the memory."""
+    valid = torch.tensor([[1] * 6, [1, 0, 1, 1, 0, 1]], dtype=torch.bool)
+    inputs = [rand(2, 600), rand(2, 6, 2, 300)]
+    functions = [
+        lambda query, memory, f=f: f(query, memory.flatten(2), memory, 3, temperature=0.4, valid=valid)
+        for f in (ops.select_memory, reference.select_memory)
+    ]
+    assert_within_budget(*functions, inputs, factor=3)
+
+
 LAYOUTS = {
     "packed": (ContextLayout.packed([4, 0, 40, 3]), 47, 47),
     "branches": (ContextLayout.branches([35, 7, 0], [[3, 14], [3], [2, 0]]), 64, 64),
@@ -124,12 +147,19 @@ LAYOUTS = {
     "shared keys": (ContextLayout.from_lists([0, 2], [2, 2], [0, 1], [3, 3], [[], []]), 4, 4),
     "later context": (ContextLayout.from_lists([0, 2], [2, 2], [0, 2], [2, 2], [[1], []]), 4, 4),
     "gaps": (ContextLayout.from_lists([5, 1], [2, 3], [4, 0], [2, 4], [[], []]), 9, 8),
+    "split decode": (
+        ContextLayout.from_lists([0, 0, 2], [0, 0, 1], [0, 70, 160], [70, 90, 40], [[], [], [0, 1]]),
+        3,
+        200,
+    ),
     "many segments": (ContextLayout.packed([0] * 127 + [3, 2, 4]), 9, 9),
 }
 
 
-@pytest.mark.parametrize("heads", [(2, 2), (6, 2)])
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize(
+    ("name", "heads"),
+    [*((name, (6, 2)) for name in LAYOUTS if name != "many segments"), ("packed", (2, 2)), ("many segments", (3, 1))],
+)
 def test_attention(name, heads):
     layout, rows, keys = LAYOUTS[name]
     inputs = [rand(rows, heads[0], 8), rand(keys, heads[1], 8), rand(keys, heads[1], 5)]
@@ -180,3 +210,8 @@ def test_attention_past_int32():
     vast, vast_layout, short, short_layout = vast_attention_arguments()
     out = ops.compressed_context_attention(*vast, vast_layout)
     torch.testing.assert_close(out, ops.compressed_context_attention(*short, short_layout))
+
+
+def test_warmup():
+    seconds = ops.warmup(hidden_size=16, num_memory=2, num_heads=2, num_key_heads=1, device="cpu")
+    assert len(seconds) == 4

@@ -163,13 +163,13 @@ def warmup(
         _run(lambda q, k: cosine_topk(q, k, top_k), [rand(2, m * size), rand(candidates, m * size)], training)
 
     def attend() -> None:
-        # On a GPU, enough rows for its largest blocks.
-        many = 256 * 128 // heads if place.type == "cuda" else 64
+        # On a GPU, enough rows for its largest blocks, and enough keys to be shared out.
+        many, long = (256 * 128 // heads, 4096) if place.type == "cuda" else (64, 300)
         layouts = {
             "rows": ContextLayout.branches([many], [[40, 40]], device=place),
             "few rows": ContextLayout.packed([40, 40], device=place),
             "one row": ContextLayout.padded([300, 300], 300, q_lengths=1, device=place),
-            "one row of many keys": ContextLayout.padded([4096], 4096, q_lengths=1, device=place),
+            "one row of many keys": ContextLayout.padded([long], long, q_lengths=1, device=place),
         }
         for name, layout in layouts.items():
             rows = int(layout.q_len.sum())

@@ -61,7 +61,7 @@ def bwd_query_blocks(architecture: int, element_size: int, widest: int) -> list[
         return _usual_first(_blocks(32, 32, 8, 1), _blocks(32, 64, 8, 1))
     if widest > 64:
         return _usual_first(_blocks(64, 64, 8, 2), _blocks(64, 32, 8, 3), _blocks(128, 32, 8, 2))
-    usual = _blocks(32 if family == 80 else 64, 64, 4, 2)
+    usual = _blocks(32 if family == 80 or widest <= 32 else 64, 64, 4, 1 if widest <= 32 else 2)
     return _usual_first(usual, _blocks(64, 32, 4, 3), _blocks(128, 64, 8, 2))
 
 
@@ -76,5 +76,5 @@ def bwd_key_blocks(architecture: int, element_size: int, widest: int) -> list[Bl
     if widest > 64:
         usual = _blocks(32 if family == 90 else 64, 64, 8, 2)
         return _usual_first(usual, _blocks(32, 64, 8, 3), _blocks(32, 128, 8, 2))
-    usual = _blocks(32 if family == 80 else 64, 64, 4, 2)
+    usual = _blocks(32 if family == 80 or widest <= 32 else 64, 64, 4, 1 if widest <= 32 else 2)
     return _usual_first(usual, _blocks(32, 64, 4, 3), _blocks(64, 128, 8, 2))

@@ -74,7 +74,15 @@ def _select_memory() -> dict[str, tuple]:
 
 def _attention(architecture: int) -> dict[str, tuple]:
     cases = {}
-    for element, size in (("bf16", 64), ("bf16", 80), ("bf16", 128), ("bf16", 256), ("fp32", 64), ("fp32", 128)):
+    for element, size in (
+        ("bf16", 16),
+        ("bf16", 64),
+        ("bf16", 80),
+        ("bf16", 128),
+        ("bf16", 256),
+        ("fp32", 64),
+        ("fp32", 128),
+    ):
         block = triton.next_power_of_2(size)
         constants = {"GROUPS": 4, "SIZE": size, "VALUE_SIZE": size, "BLOCK_E": block, "BLOCK_V": block, "WIDEN": False}
         chosen = architecture, _ELEMENT_SIZE[element], block

@@ -32,15 +32,15 @@ def main() -> None:
 
 def build(kind: str, source: Path, dist: Path) -> Path:
     """One labelled wheel, holding every library of its kind."""
-    environment = os.environ | {"CLARA_FAST_LOCAL_VERSION": kind if kind == "cpu" else f"cu{kind}"}
     libraries = ["clara_fast_cpu.so"]
+    environment = os.environ | {"CLARA_FAST_LOCAL_VERSION": "cpu", "CLARA_FAST_BUILD_CUDA": "OFF"}
     if kind != "cpu":
-        environment["CUDACXX"] = find_nvcc(f"{kind[:2]}.{kind[2:]}")
         libraries.append("clara_fast_cuda.so")
+        nvcc = find_nvcc(f"{kind[:2]}.{kind[2:]}")
+        environment |= {"CLARA_FAST_LOCAL_VERSION": f"cu{kind}", "CLARA_FAST_BUILD_CUDA": "ON", "CUDACXX": nvcc}
     with tempfile.TemporaryDirectory() as folder:
         # pip and not build: pip's isolated interpreter still knows where torch's headers are.
         command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--wheel-dir", folder, source]
-        command += ["--config-settings", f"cmake.define.CLARA_FAST_BUILD_CUDA={'OFF' if kind == 'cpu' else 'ON'}"]
         subprocess.run(command, env=environment, check=True, stdout=sys.stderr)
         (built,) = Path(folder).glob("*.whl")
         held = zipfile.ZipFile(built).namelist()

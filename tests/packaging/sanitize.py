@@ -26,6 +26,7 @@ LEFT_OUT = "not compile and not triton and not lesser_instruction_sets"
 
 def main() -> None:
     python = build()
+    assert_watching(python)
     instruction_sets = available(python)
     for isa in instruction_sets:
         start = time.monotonic()
@@ -63,6 +64,18 @@ def sanitized(**more: str) -> dict[str, str]:
         "UBSAN_OPTIONS": "print_stacktrace=1",
         **more,
     }
+
+
+def assert_watching(python: Path) -> None:
+    """Writes one byte past a tensor, which must be noticed: or the tests that follow would prove nothing."""
+    code = "import ctypes, torch; row = torch.empty(16); ctypes.memset(row.data_ptr(), 0, 65)"
+    done = subprocess.run([python, "-c", code], env=sanitized(), capture_output=True, text=True)
+    if "heap-buffer-overflow" not in done.stderr:
+        sys.exit(f"the sanitizer did not notice a write past a tensor: {done.stderr[-2000:]}")
+    for binary in python.parents[1].rglob("clara_fast/**/*.so"):
+        symbols = subprocess.run(["nm", "--dynamic", binary], check=True, capture_output=True, text=True).stdout
+        if "__asan_report_load" not in symbols or "__ubsan_handle" not in symbols:
+            sys.exit(f"{binary} was built without the sanitizers")
 
 
 def available(python: Path) -> list[str]:

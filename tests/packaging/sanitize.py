@@ -83,7 +83,12 @@ def available(python: Path) -> list[str]:
     code = "from clara_fast import _native; print(*[k for k, v in _native.cpu_features().items() if v])"
     answer = subprocess.run([python, "-c", code], env=sanitized(), check=True, capture_output=True, text=True)
     features = set(answer.stdout.split())
-    needs = {"avx2": {"avx2", "fma", "f16c"}, "avx512": {"avx512f"}}
+    needs = {
+        "avx2": {"avx2", "fma", "f16c"},
+        "avx512": {"avx512f"},
+        "avx512_bf16": {"avx512_bf16"},
+        "amx": {"amx_bf16", "amx_int8"},
+    }
     return ["generic", *(isa for isa, needed in needs.items() if needed <= features)]
 
 

@@ -6,7 +6,7 @@ VENV ?= .venv
 # On CPU machines any other torch request may download gigabytes of CUDA libraries.
 TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
-SOURCES := CMakeLists.txt pyproject.toml $(shell find csrc -type f) $(shell find python triton_kernels -name '*.py')
+SOURCES := CMakeLists.txt pyproject.toml $(shell find csrc -type f) $(shell find python triton_kernels benchmarks -name '*.py')
 
 .PHONY: help install demo test test-slow lint format bench clean
 

@@ -107,13 +107,13 @@ class Verdict:
 class Contest:
     """Contestants by name, ours first, on shared inputs.
 
-    ``check(name)`` runs one of them and returns its error; it raises :class:`Disagreement` or :class:`Unavailable`.
+    ``check(name)`` runs one of them and returns its error, if it has one of its own; it raises :class:`Disagreement` or :class:`Unavailable`.
     ``outside`` are contestants that compute something less than the others (rounded keys, for instance): they
     are shown, but are nobody's best peer. ``absent`` are those that are not here, and why.
     """
 
     calls: Mapping[str, Call]
-    check: Callable[[str], float]
+    check: Callable[[str], float | None]
     floor: Floor | None = None
     bars: list[Bar] = field(default_factory=list)
     outside: tuple[str, ...] = ()
@@ -130,7 +130,7 @@ class Result:
     unit: str = "seconds"
     measured: dict[str, Timing | float] = field(default_factory=dict)
     clocks: dict[str, str] = field(default_factory=dict)
-    errors: dict[str, float] = field(default_factory=dict)
+    errors: dict[str, float | None] = field(default_factory=dict)
     absent: dict[str, str] = field(default_factory=dict)
     outside: tuple[str, ...] = ()
     refused: str | None = None

@@ -57,8 +57,10 @@ class Report:
     def summary(self) -> str:
         """Every bar that was missed or not judged, and every case that was refused: nothing is left out silently."""
         verdicts = [(result, verdict) for result in self.results for verdict in result.verdicts]
+        if self.facts.get("quick"):
+            verdicts = []
         met = sum(verdict.met is True for _, verdict in verdicts)
-        lines = [f"{met} of {len(verdicts)} bars met"]
+        lines = [f"{met} of {len(verdicts)} bars met" if verdicts else "no bar was judged"]
         lines += [f"  {r.work}: {r.case}: {v.text}" for r, v in verdicts if not v.met]
         lines += [f"  refused: {result.work}: {result.case}: {result.refused}" for result in self.refused]
         return "\n".join(lines)
@@ -129,6 +131,8 @@ def amount(result: Result, name: str, *, spread: bool = False) -> str:
     if not isinstance(value, Timing):
         return size(value) if result.unit == "bytes" else duration(value)
     text = duration(value.median)
+    if documents := result.notes.get("documents"):
+        text += f", {documents / value.median:.3g} docs/s"
     return f"{text} ({duration(value.p20)} to {duration(value.p80)})" if spread else text
 
 

@@ -53,17 +53,17 @@ class CudaClock:
     """For NVIDIA GPUs: events around one call that starts with a cold L2 cache.
 
     The call is replayed from a CUDA graph, so that no launch from Python is in the time; a call that cannot be
-    captured is launched between the events.
+    captured, or with ``capture=False``, is launched between the events.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
+    def __init__(self, device: torch.device, *, capture: bool = True) -> None:
+        self.device, self.capture = device, capture
         l2_bytes = torch.cuda.get_device_properties(device).L2_cache_size
         # Writing more than the cache holds leaves nothing of the inputs in it.
         self.flush = torch.empty(2 * l2_bytes, dtype=torch.int8, device=device)
 
     def sampler(self, call: Call) -> tuple[Sampler, str]:
-        run, clock = self._captured(call)
+        run, clock = self._captured(call) if self.capture else (call, "CUDA events")
 
         def sample() -> float:
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -100,8 +100,8 @@ class CudaClock:
 Clock = WallClock | CudaClock
 
 
-def clock_for(device: torch.device, *, quick: bool = False) -> Clock:
-    return CudaClock(device) if device.type == "cuda" else WallClock(0.0 if quick else 0.03)
+def clock_for(device: torch.device, *, shortest: float = 0.03, capture: bool = True) -> Clock:
+    return CudaClock(device, capture=capture) if device.type == "cuda" else WallClock(shortest)
 
 
 def interleaved(

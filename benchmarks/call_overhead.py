@@ -1,4 +1,4 @@
-"""What a call costs beyond the kernel that it calls, in inference mode: on inputs so small that nothing else is left."""
+"""What a call costs beyond the kernel that it calls, in inference mode: on inputs so small that nothing else shows."""
 
 from __future__ import annotations
 

@@ -14,9 +14,15 @@ from clara_fast.benchmarks.machine import Ceilings
 from clara_fast.benchmarks.timing import Call, Clock, Timing, duration, interleaved
 
 OURS = "clara_fast"
-# Our error may be at most twice that of eager PyTorch in the same dtype. A peer may be less accurate than that, but must
-# have computed the same thing.
+# Our error may be at most twice that of eager PyTorch in the same dtype. A peer may be less accurate than that, but
+# must have computed the same thing.
 OUR_FACTOR, PEER_FACTOR = 2, 16
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "int8": torch.int8,
+    "float8": torch.float8_e4m3fn,
+}
 
 
 class Disagreement(AssertionError):
@@ -36,9 +42,33 @@ class Options:
     quick: bool = False
     # Peers that torch.compile makes take some 10 to 30 seconds each.
     compiled: bool = True
+    # Samples of each contestant at most.
     repetitions: int = 15
     # Seconds that a contestant may take in one case once it has a few samples.
     budget: float = 1.0
+
+    @classmethod
+    def of(cls, device: str, dtype: str | None = None, *, threads: int | None = None, **others: Any) -> Options:
+        """From the words of a command line; also sets the number of threads.
+
+        Raises:
+            ValueError: a device or dtype that is not there, or a number that is not positive.
+        """
+        try:
+            place = torch.device(device)
+        except RuntimeError:
+            raise ValueError(f"--device ({device}) must be cpu, cuda, cuda:1, ...") from None
+        cards = torch.cuda.device_count()
+        if place.type != "cpu" and not (place.type == "cuda" and (place.index or 0) < cards):
+            raise ValueError(f"--device ({device}) must be cpu or a CUDA GPU that torch sees ({cards})")
+        if dtype is not None and dtype not in DTYPES:
+            raise ValueError(f"--dtype ({dtype}) must be one of {', '.join(DTYPES)}")
+        for name, value in (("threads", threads), ("repetitions", others.get("repetitions"))):
+            if value is not None and value < 1:
+                raise ValueError(f"--{name} ({value}) must be at least 1")
+        if threads:
+            torch.set_num_threads(threads)
+        return cls(place, DTYPES[dtype] if dtype else None, **{k: v for k, v in others.items() if v is not None})
 
     def compiled_peer(self, make: Callable[[], Any]) -> Any:
         """``make()``, unless such peers are left out."""
@@ -107,7 +137,8 @@ class Verdict:
 class Contest:
     """Contestants by name, ours first, on shared inputs.
 
-    ``check(name)`` runs one of them and returns its error, if it has one of its own; it raises :class:`Disagreement` or :class:`Unavailable`.
+    ``check(name)`` runs one of them and returns its error, if it has one of its own; it raises :class:`Disagreement`
+    or :class:`Unavailable`.
     ``outside`` are contestants that compute something less than the others (rounded keys, for instance): they
     are shown, but are nobody's best peer. ``absent`` are those that are not here, and why.
     """
@@ -246,7 +277,7 @@ def require_close(name: str, mine: Tensor, other: Tensor, limit: float) -> float
 
 
 def require_accurate(name: str, mine: Tensor, eager: Tensor, exact: Tensor, factor: float = OUR_FACTOR) -> float:
-    """Our error against float64 may be at most ``factor`` times that of eager PyTorch in the same dtype, and rounding."""
+    """The error against float64 may be at most ``factor`` times that of eager PyTorch in this dtype, and rounding."""
     rounding = torch.finfo(mine.dtype).eps
     return require_close(name, mine, exact, factor * relative_error(eager, exact) + rounding)
 
@@ -279,7 +310,9 @@ def with_gradients(
     """Outputs and gradients of ``call(*leaves)``, computed in the dtype of the leaves."""
     leaves = [leaf.detach().requires_grad_() for leaf in leaves]
     outputs = call(*leaves)
-    gradients = torch.autograd.grad(outputs, leaves, [g.to(out.dtype) for g, out in zip(upstream, outputs, strict=True)])
+    gradients = torch.autograd.grad(
+        outputs, leaves, [g.to(out.dtype) for g, out in zip(upstream, outputs, strict=True)]
+    )
     return *(out.detach() for out in outputs), *gradients
 
 

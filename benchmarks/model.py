@@ -394,7 +394,9 @@ def benchmark(
         setting = Setting(options, base, description, Path(folder) / "memory.safetensors")
         facts = {**machine.facts(options.device), "base": description, "dtype": dtype_name(setting.dtype)}
         facts |= {"quick": options.quick, "dropout": 0, "size": asdict(setting.size)}
-        ceilings = machine.measure_ceilings(options.device, clock_for(options.device, shortest=0.0), quick=options.quick)
+        ceilings = machine.measure_ceilings(
+            options.device, clock_for(options.device, shortest=0.0), quick=options.quick
+        )
         found = Report(f"The model on {options.device.type}, beside the baseline", facts, ceilings, console)
         for result in results(setting, only, found):
             found.add(result)
@@ -407,23 +409,16 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--only", help="tasks whose name holds these words: compress, 'peak memory'")
     parser.add_argument("--base", type=Path, help="folder of a causal language model (default: a random Llama)")
     parser.add_argument("--layers", type=int, default=6, help="of the random Llama; 30 is SmolLM2-135M's shape")
-    parser.add_argument("--dtype", choices=[dtype_name(dtype) for dtype in LIMITS], default="float32")
     parser.add_argument("--memory-file", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--alone", nargs=2, help=argparse.SUPPRESS)
     parsed = parser.parse_args(arguments)
-    if parsed.threads:
-        torch.set_num_threads(parsed.threads)
-    options = Options(
-        torch.device(parsed.device),
-        getattr(torch, parsed.dtype),
-        parsed.quick,
-        repetitions=parsed.repetitions or (1 if parsed.quick else REPETITIONS),
-    )
-    if parsed.alone:
-        run_alone(Setting(options, parsed.base, "", parsed.memory_file), *parsed.alone)
-        return 0
+    others = {"quick": parsed.quick, "repetitions": parsed.repetitions or (1 if parsed.quick else REPETITIONS)}
     console = Console(width=max(Console().width, 160), highlight=False)
     try:
+        options = Options.of(parsed.device, parsed.dtype, threads=parsed.threads, **others)
+        if parsed.alone:
+            run_alone(Setting(options, parsed.base, "", parsed.memory_file), *parsed.alone)
+            return 0
         found = benchmark(options, parsed.only, console, base=parsed.base, layers=parsed.layers)
     except ValueError as error:
         parser.error(str(error))

@@ -12,6 +12,7 @@ import argparse
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -23,14 +24,14 @@ from clara_fast.benchmarks import (
     machine,
     pool_memory,
     report,
+    roofline,
     select_memory,
 )
-from clara_fast.benchmarks.harness import Options
+from clara_fast.benchmarks.harness import Options, Result, in_one_line
 from clara_fast.benchmarks.report import Report
 from clara_fast.benchmarks.timing import clock_for
 
 MODULES = (call_overhead, pool_memory, select_memory, compressed_context_attention, cosine_topk)
-DTYPES = ("float32", "bfloat16", "float16", "int8", "float8_e4m3fn")
 
 
 def all_cases(options: Options, only: str | None = None) -> Iterator:
@@ -61,7 +62,11 @@ def benchmark(options: Options, only: str | None, console: Console) -> Report:
     )
     for case in cases:
         torch.manual_seed(0)
-        found.add(case.run(options, clock, found.ceilings))
+        try:
+            result = case.run(options, clock, found.ceilings)
+        except Exception as error:  # one that cannot even be set up must not hide the others
+            result = Result(case.work, case.name, refused=f"it failed: {in_one_line(error)}")
+        found.add(result)
     return found
 
 
@@ -73,41 +78,42 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """Those that every script here has."""
     parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that everything runs")
     parser.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:1, ...")
+    parser.add_argument("--dtype", help="cases in this dtype alone: float32, bfloat16, int8, float8")
     parser.add_argument("--threads", type=int, help="default: all cores")
     parser.add_argument("--repetitions", type=int, help="samples of each contestant at most")
     parser.add_argument("--json", type=Path, help="also write the results here")
+
+
+def quick_options(quick: bool) -> dict[str, Any]:
+    """Of a run that only shows that everything works."""
+    return {"quick": True, "compiled": False, "repetitions": 2} if quick else {}
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     add_options(parser)
     parser.add_argument("--only", help="cases whose name holds these words: cosine, or 'cosine int8'")
-    parser.add_argument("--dtype", choices=DTYPES, help="cases in this dtype alone")
-    parser.add_argument(
-        "--compiled", action=argparse.BooleanOptionalAction, help="with torch.compile and FlexAttention (not with --quick)"
-    )
     parser.add_argument("--plot", type=Path, help="also draw the roofline here (.png or .svg)")
-    parsed = parser.parse_args(arguments)
-    if parsed.threads:
-        torch.set_num_threads(parsed.threads)
-    options = Options(
-        torch.device(parsed.device),
-        getattr(torch, parsed.dtype) if parsed.dtype else None,
-        parsed.quick,
-        parsed.compiled if parsed.compiled is not None else not parsed.quick,
-        parsed.repetitions or (2 if parsed.quick else 15),
+    parser.add_argument(
+        "--compiled",
+        action=argparse.BooleanOptionalAction,
+        help="with torch.compile and FlexAttention (not if --quick)",
     )
+    parsed = parser.parse_args(arguments)
+    chosen = {"compiled": parsed.compiled, "repetitions": parsed.repetitions}
     console = Console(width=max(Console().width, 160), highlight=False)
     try:
+        if parsed.plot:
+            roofline.require(parsed.plot)
+        others = quick_options(parsed.quick) | {name: value for name, value in chosen.items() if value is not None}
+        options = Options.of(parsed.device, parsed.dtype, threads=parsed.threads, **others)
         found = benchmark(options, parsed.only, console)
-    except ValueError as error:
+    except (ValueError, roofline.NoPicture) as error:
         parser.error(str(error))
     found.show(console)
     if parsed.json:
         report.save([found], parsed.json)
     if parsed.plot:
-        from clara_fast.benchmarks import roofline
-
         roofline.draw(found, parsed.plot)
     return 1 if found.refused else 0
 

@@ -75,6 +75,7 @@ def contest(options: Options, documents: int, hidden: int, dtype: torch.dtype, n
     eager = indexed(offsets, num_memory)
     pools = {OURS: pooled_by(ops.pool_memory), "eager": eager}
     absent = {}
+    torch.compiler.reset()
     try:
         pools["torch.compile"] = options.compiled_peer(partial(torch.compile, eager, dynamic=False))
     except Unavailable as error:

@@ -52,9 +52,9 @@ def draw(report: Report, path: Path) -> None:
         raise NoPicture("no case here has bytes and operations to draw")
     columns = min(COLUMNS, len(works))
     rows = -(-len(works) // columns)
-    figure = Figure(figsize=(9.6 * columns, 5.6 * rows + 1.0), facecolor="white")
+    figure = Figure(figsize=(9.9 * columns, 5.6 * rows + 1.0), facecolor="white")
     grid = figure.add_gridspec(
-        rows, 2 * columns, width_ratios=[5.2, 4.4] * columns, left=0.04, right=0.99, top=1 - 0.95 / (5.6 * rows + 1),
+        rows, 2 * columns, width_ratios=[5.0, 4.9] * columns, left=0.042, right=0.99, top=1 - 1.1 / (5.6 * rows + 1),
         bottom=0.55 / (5.6 * rows + 1), wspace=0.04, hspace=0.22,
     )  # fmt: skip
     panels = []
@@ -75,7 +75,9 @@ def _head(figure: Any, report: Report) -> None:
     machine = facts.get("gpu") or facts["cpu"]
     where = machine if "gpu" in facts else f"{machine}, {facts['capability']}, {facts['threads']} threads"
     height = figure.get_figheight()
-    figure.text(0.04, 1 - 0.28 / height, "clara_fast under the roofline", size=17, weight="bold", color=INK, va="center")
+    figure.text(
+        0.04, 1 - 0.28 / height, "clara_fast under the roofline", size=17, weight="bold", color=INK, va="center"
+    )
     versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
     quick = "  QUICK RUN: tiny sizes, the figures mean nothing" if facts.get("quick") else ""
     figure.text(0.04, 1 - 0.58 / height, f"{where}; {versions}; {facts['time'][:10]}{quick}", size=10, color=MUTED,
@@ -116,7 +118,7 @@ def _panel(axes: Any, key: Any, report: Report, work: str, results: list[Result]
     _roofs(axes, report, left, right)
     axes.set_title(work, loc="left", size=13, weight="bold", color=INK)
     axes.set_xlabel("operations per byte that must move (FLOP/B)", size=9.5, color=INK)
-    axes.set_ylabel("FLOP/s", size=9.5, color=INK)
+    axes.set_ylabel("FLOP/s", size=9.5, color=INK, labelpad=1)
     axes.grid(True, which="major", color="#ececec", lw=0.8)
     axes.set_axisbelow(True)
     axes.tick_params(labelsize=8.5, colors=INK)
@@ -181,7 +183,9 @@ def _number(axes: Any, points: list[tuple[str, float, float]]) -> None:
     for (number, x, y), (px, py) in zip(points, places, strict=True):
         half_width, half_height = (3.0 * len(number) + 1) * scale, 4.5 * scale
 
-        def free(offset: tuple[int, int], px: float = px, py: float = py, w: float = half_width, h: float = half_height):
+        def free(
+            offset: tuple[int, int], px: float = px, py: float = py, w: float = half_width, h: float = half_height
+        ):
             cx, cy = px + offset[0] * scale, py + offset[1] * scale
             return all(abs(cx - tx) >= w + tw or abs(cy - ty) >= h + th for tx, ty, tw, th in taken)
 

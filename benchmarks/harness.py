@@ -45,7 +45,7 @@ class Options:
     # Samples of each contestant at most.
     repetitions: int = 15
     # Seconds that a contestant may take in one case once it has a few samples.
-    budget: float = 1.0
+    budget: float = 0.6
 
     @classmethod
     def of(cls, device: str, dtype: str | None = None, *, threads: int | None = None, **others: Any) -> Options:

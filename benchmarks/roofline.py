@@ -73,7 +73,11 @@ def draw(report: Report, path: Path) -> None:
 def _head(figure: Any, report: Report) -> None:
     facts = report.facts
     machine = facts.get("gpu") or facts["cpu"]
-    where = machine if "gpu" in facts else f"{machine}, {facts['capability']}, {facts['threads']} threads"
+    where = (
+        machine
+        if "gpu" in facts
+        else f"{machine}, {facts['capability']}, {facts['threads']} thread{'s' if facts['threads'] > 1 else ''}"
+    )
     height = figure.get_figheight()
     figure.text(
         0.04, 1 - 0.28 / height, "clara_fast under the roofline", size=17, weight="bold", color=INK, va="center"
@@ -94,23 +98,22 @@ def _head(figure: Any, report: Report) -> None:
 
 
 def _panel(axes: Any, key: Any, report: Report, work: str, results: list[Result]) -> list[tuple[str, float, float]]:
-    """Points, ceilings and the key of one operator; returns number and place of each point of ours."""
-    ours, lines, heights = [], [], []
+    """Points, ceilings and the key of one operator; returns number and place of each point, "" for a peer's."""
+    points, lines = [], []
     for number, result in enumerate(results, 1):
         floor = result.floor
         assert floor is not None
         x, y = floor.flops / floor.bytes, floor.flops / result.value(OURS)
         peer = result.best_peer()
-        lines.append((number, result.case, f"{result.ratio(peer):.1f}x {peer}" if peer else "no peer"))
+        lines.append((number, result.case, f"{_times(result.ratio(peer))} {peer}" if peer else "no peer"))
         if peer:
             y_peer = floor.flops / result.value(peer)
             axes.plot([x, x], [y_peer, y], color=MUTED, lw=0.9, zorder=2)
             axes.plot([x], [y_peer], "o", ms=6.5, mfc="white", mec=PEER_COLOUR, mew=1.5, zorder=3)
-            heights.append(y_peer)
+            points.append(("", x, y_peer))
         axes.plot([x], [y], "o", ms=7.5, mfc=OUR_COLOUR, mec="white", mew=0.8, zorder=4)
-        ours.append((str(number), x, y))
-    xs = [x for _, x, _ in ours]
-    heights += [y for _, _, y in ours]
+        points.append((str(number), x, y))
+    xs, heights = [x for _, x, _ in points], [y for _, _, y in points]
     ceilings = report.ceilings
     left, right = min(xs) / 4, max(xs) * 8
     roof = max(min(ceilings.read * right, max(ceilings.matmul.values())), max(heights))
@@ -125,7 +128,7 @@ def _panel(axes: Any, key: Any, report: Report, work: str, results: list[Result]
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     _key(key, lines)
-    return ours
+    return points
 
 
 def _roofs(axes: Any, report: Report, left: float, right: float) -> None:
@@ -159,6 +162,10 @@ def _roofs(axes: Any, report: Report, left: float, right: float) -> None:
                       ha="right", color=CEILINGS[dtype])  # fmt: skip
 
 
+def _times(ratio: float) -> str:
+    return f"{ratio:.0f}x" if ratio >= 10 else f"{ratio:.2g}x"
+
+
 def _flops(rate: float) -> str:
     return f"{rate / 1e12:.3g} TFLOP/s" if rate >= 1e12 else f"{rate / 1e9:.3g} GFLOP/s"
 
@@ -181,6 +188,8 @@ def _number(axes: Any, points: list[tuple[str, float, float]]) -> None:
     places = [axes.transData.transform((x, y)) for _, x, y in points]
     taken = [(px, py, 5.0 * scale, 5.0 * scale) for px, py in places]
     for (number, x, y), (px, py) in zip(points, places, strict=True):
+        if not number:
+            continue
         half_width, half_height = (3.0 * len(number) + 1) * scale, 4.5 * scale
 
         def free(

@@ -66,6 +66,8 @@ class Options:
         for name, value in (("threads", threads), ("repetitions", others.get("repetitions"))):
             if value is not None and value < 1:
                 raise ValueError(f"--{name} ({value}) must be at least 1")
+        if place.type == "cuda":
+            torch.cuda.set_device(place)
         if threads:
             torch.set_num_threads(threads)
         return cls(place, DTYPES[dtype] if dtype else None, **{k: v for k, v in others.items() if v is not None})

@@ -99,11 +99,12 @@ class Ours:
     def __init__(self, model: Clara, work: Work) -> None:
         self.model, self.work = model, work
         self.max_tokens = work.size.batch * (model.text.max_length + model.config.num_memory)
-        self.scp_batch = ScpCollator(model)(work.samples)
-        self.query = model.pack([work.question])
+        batch = ScpCollator(model)(work.samples)
+        self.scp_batch = {part: batch[part].to(model.device) for part in ("documents", "prompts")}
+        self.query = model.pack([work.question]).to(model.device)
         turn = model.prompts.answer(model.text.defuse(work.question), work.size.top_k)
         exchange = model.text.exchange(model.prompts, turn, work.reply)
-        self.joint_prompts = pack_groups(model, [group_prompts([exchange])])
+        self.joint_prompts = pack_groups(model, [group_prompts([exchange])]).to(model.device)
 
     def compress(self) -> Tensor:
         return self.model.compress(self.work.documents, max_tokens=self.max_tokens)

@@ -6,7 +6,7 @@ VENV ?= .venv
 # On CPU machines any other torch request may download gigabytes of CUDA libraries.
 TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
-SOURCES := CMakeLists.txt pyproject.toml $(shell find csrc -type f) $(shell find python triton_kernels -name '*.py')
+SOURCES := CMakeLists.txt pyproject.toml $(shell find csrc -type f) $(shell find python triton_kernels benchmarks -name '*.py')
 
 # The kind of wheel: cpu, or the CUDA release without its point.
 CUDA ?= cpu
@@ -63,8 +63,11 @@ format: install  ## put everything into shape
 	find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' | xargs $(BIN)/clang-format -i
 
 bench: install  ## measure the model against the straightforward baseline, and the ops against their peers
-	$(BIN)/python benchmarks/model.py
-	$(BIN)/python benchmarks/ops.py
+	$(BIN)/python -c 'import faiss, matplotlib' 2>/dev/null || $(BIN)/pip install --quiet faiss-cpu matplotlib
+	status=0; \
+	$(BIN)/python benchmarks/model.py --json build/bench/model.json || status=1; \
+	$(BIN)/python benchmarks/ops.py --json build/bench/ops.json --plot build/bench/roofline.png || status=1; \
+	exit $$status
 
 clean:  ## remove what building left
 	rm -rf build dist wheelhouse $(VENV)/installed

@@ -43,7 +43,8 @@ class Baseline:
         self.lm = self._language_model(clara)
         self.memory_tokens = nn.Parameter(clara.memory_embeddings.detach().clone(), requires_grad=False)
         self.pad_id = self.text.tokenizer.pad_token_id
-        self.memory_ids = torch.tensor(self.text.memory_ids)
+        self.device = clara.device
+        self.memory_ids = torch.tensor(self.text.memory_ids, device=self.device)
         self.trained: frozenset[str] = frozenset()
 
     def _language_model(self, clara: Clara) -> Any:
@@ -103,6 +104,7 @@ class Baseline:
         for i, row in enumerate(rows):
             ids[i, length - len(row) :] = torch.tensor(row)
             mask[i, length - len(row) :] = 1
+        ids, mask = ids.to(self.device), mask.to(self.device)
         return Rows(ids, mask, (mask.cumsum(1) - 1).clamp_min(0))
 
     def pad_texts(self, texts: Sequence[str]) -> Rows:

@@ -1,86 +1,263 @@
-"""What every benchmark shares: agreement before speed, interleaved timing, machine facts, tables and JSON."""
+"""What every benchmark shares: a case, its check against float64, its floor, the bars it answers to, its result."""
 
 from __future__ import annotations
 
 import contextlib
-import json
-import os
-import platform
-import subprocess
-import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
+from clara_fast.benchmarks.machine import Ceilings
+from clara_fast.benchmarks.timing import Call, Clock, Timing, duration, interleaved
+
 OURS = "clara_fast"
+# Our error may be at most twice that of eager PyTorch in the same dtype. A peer may be less accurate than that, but
+# must have computed the same thing.
+OUR_FACTOR, PEER_FACTOR = 2, 16
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "int8": torch.int8,
+    "float8": torch.float8_e4m3fn,
+}
 
 
 class Disagreement(AssertionError):
-    """Two contestants computed different things, so their speeds say nothing."""
+    """A contestant computed something else, so its speed says nothing."""
+
+
+class Unavailable(RuntimeError):
+    """A contestant that this machine cannot run, and why."""
 
 
 @dataclass(frozen=True)
-class Timing:
-    """Seconds per call over the repetitions; ``cpu`` is processor time, free of waiting for a core."""
+class Options:
+    """What the person asked for."""
 
-    median: float
-    p20: float
-    p80: float
-    cpu: float
-    repetitions: int
+    device: torch.device
+    dtype: torch.dtype | None = None
+    quick: bool = False
+    # Peers that torch.compile makes take some 10 to 30 seconds each.
+    compiled: bool = True
+    # Samples of each contestant at most.
+    repetitions: int = 15
+    # Seconds that a contestant may take in one case once it has a few samples.
+    budget: float = 0.6
 
     @classmethod
-    def of(cls, samples: list[tuple[float, float]]) -> Timing:
-        """From (wall, processor) seconds of each repetition."""
-        wall, cpu = torch.tensor(samples, dtype=torch.float64).unbind(1)
-        p20, median, p80 = wall.quantile(torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)).tolist()
-        return cls(median, p20, p80, float(cpu.quantile(0.5)), len(samples))
+    def of(cls, device: str, dtype: str | None = None, *, threads: int | None = None, **others: Any) -> Options:
+        """From the words of a command line; also sets the number of threads.
 
-    def __str__(self) -> str:
-        return f"{duration(self.median)} ({duration(self.p20)} to {duration(self.p80)})"
+        Raises:
+            ValueError: a device or dtype that is not there, or a number that is not positive.
+        """
+        try:
+            place = torch.device(device)
+        except RuntimeError:
+            raise ValueError(f"--device ({device}) must be cpu, cuda, cuda:1, ...") from None
+        cards = torch.cuda.device_count()
+        if place.type != "cpu" and not (place.type == "cuda" and (place.index or 0) < cards):
+            raise ValueError(f"--device ({device}) must be cpu or a CUDA GPU that torch sees ({cards})")
+        if dtype is not None and dtype not in DTYPES:
+            raise ValueError(f"--dtype ({dtype}) must be one of {', '.join(DTYPES)}")
+        for name, value in (("threads", threads), ("repetitions", others.get("repetitions"))):
+            if value is not None and value < 1:
+                raise ValueError(f"--{name} ({value}) must be at least 1")
+        if place.type == "cuda":
+            torch.cuda.set_device(place)
+        if threads:
+            torch.set_num_threads(threads)
+        return cls(place, DTYPES[dtype] if dtype else None, **{k: v for k, v in others.items() if v is not None})
+
+    def compiled_peer(self, make: Callable[[], Any]) -> Any:
+        """``make()``, unless such peers are left out."""
+        if not self.compiled:
+            raise Unavailable("left out, being compiled")
+        return make()
+
+    def dtypes(self, *usual: torch.dtype) -> Iterable[torch.dtype]:
+        """Those of ``usual`` that were asked for."""
+        return [dtype for dtype in usual if self.dtype in (None, dtype)]
 
 
-def duration(seconds: float) -> str:
-    """With three digits and the unit that suits them."""
-    for unit, factor in (("s", 1.0), ("ms", 1e-3)):
-        if seconds >= factor:
-            return f"{seconds / factor:.3g} {unit}"
-    return f"{seconds * 1e6:.3g} us"
+@dataclass(frozen=True)
+class Floor:
+    """The least that any implementation must do: bytes read and written, operations, and their format."""
+
+    read: int
+    written: int = 0
+    flops: int = 0
+    dtype: str = "float32"
+
+    @property
+    def bytes(self) -> int:
+        return self.read + self.written
+
+    def seconds(self, ceilings: Ceilings) -> tuple[float, str]:
+        """At the measured rates, and which of them decides."""
+        kind = "copy" if self.written else "read"
+        moving = self.bytes / getattr(ceilings, kind)
+        computing = self.flops / ceilings.matmul_rate(self.dtype)
+        if moving >= computing:
+            return moving, f"{kind} bandwidth"
+        return computing, f"{'float32' if self.dtype == 'float32' else 'bfloat16'} matmul rate"
 
 
-def interleaved(
-    contestants: Mapping[str, Callable[[], Any]], repetitions: int, *, shortest: float = 0.0
-) -> dict[str, Timing]:
-    """Time the contestants in turn, so that a busy machine slows all of them.
+@dataclass(frozen=True)
+class Bar:
+    """A goal of design.md, section 9.
 
-    Args:
-        contestants: what to call, by name. They must be warm: checking their results before does that.
-        repetitions: of the whole round; every other round runs in reverse order.
-        shortest: seconds that one sample should take at least; quick calls are repeated inside it.
+    Attributes:
+        text: what it asks for, in words.
+        kind: ``ratio`` (best peer / ours, at least), ``share`` (of the ceiling, at least), ``seconds`` or ``bytes``
+            (of ours, at most).
+        required: the number.
+        peers: whom a ratio is against; all where empty.
     """
-    loops = {}
-    for name, call in contestants.items():
-        loops[name] = max(1, round(shortest / max(_seconds(call)[0], 1e-7))) if shortest else 1
-    samples: dict[str, list[tuple[float, float]]] = {name: [] for name in contestants}
-    for repetition in range(repetitions):
-        names = list(contestants)
-        for name in reversed(names) if repetition % 2 else names:
-            samples[name].append(_seconds(contestants[name], loops[name]))
-    return {name: Timing.of(seconds) for name, seconds in samples.items()}
+
+    text: str
+    kind: str
+    required: float
+    peers: tuple[str, ...] = ()
 
 
-def _seconds(call: Callable[[], Any], loops: int = 1) -> tuple[float, float]:
-    """Wall and processor seconds of one call."""
-    wall, cpu = time.perf_counter(), time.process_time()
-    for _ in range(loops):
-        call()
-    return (time.perf_counter() - wall) / loops, (time.process_time() - cpu) / loops
+@dataclass(frozen=True)
+class Verdict:
+    """How a result stands to a bar; ``met`` is None where nothing could be judged, and ``text`` says why."""
+
+    bar: str
+    required: float
+    value: float | None
+    met: bool | None
+    text: str
+
+
+@dataclass
+class Contest:
+    """Contestants by name, ours first, on shared inputs.
+
+    ``check(name)`` runs one of them and returns its error, if it has one of its own; it raises :class:`Disagreement`
+    or :class:`Unavailable`.
+    ``outside`` are contestants that compute something less than the others (rounded keys, for instance): they
+    are shown, but are nobody's best peer. ``absent`` are those that are not here, and why.
+    """
+
+    calls: Mapping[str, Call]
+    check: Callable[[str], float | None]
+    floor: Floor | None = None
+    bars: list[Bar] = field(default_factory=list)
+    outside: tuple[str, ...] = ()
+    absent: dict[str, str] = field(default_factory=dict)
+    notes: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Result:
+    """One row. ``measured`` are timings in seconds, or bytes where ``unit`` says so; empty where it was refused."""
+
+    work: str
+    case: str
+    unit: str = "seconds"
+    measured: dict[str, Timing | float] = field(default_factory=dict)
+    clocks: dict[str, str] = field(default_factory=dict)
+    errors: dict[str, float | None] = field(default_factory=dict)
+    absent: dict[str, str] = field(default_factory=dict)
+    outside: tuple[str, ...] = ()
+    refused: str | None = None
+    floor: Floor | None = None
+    limit: str | None = None
+    of_ceiling: float | None = None
+    verdicts: list[Verdict] = field(default_factory=list)
+    notes: dict[str, Any] = field(default_factory=dict)
+
+    def value(self, name: str) -> float:
+        found = self.measured[name]
+        return found.median if isinstance(found, Timing) else found
+
+    def ratio(self, peer: str) -> float:
+        """How many times less ours takes."""
+        return self.value(peer) / self.value(OURS) if self.value(OURS) else float("inf")
+
+    def best_peer(self, peers: Iterable[str] = ()) -> str | None:
+        known = [n for n in self.measured if n != OURS and (n in peers if peers else n not in self.outside)]
+        return min(known, key=self.value, default=None)
+
+
+@dataclass(frozen=True)
+class Case:
+    """Something to measure; its inputs are made when its turn comes."""
+
+    work: str
+    name: str
+    contest: Callable[[], Contest]
+
+    def run(self, options: Options, clock: Clock, ceilings: Ceilings) -> Result:
+        contest = self.contest()
+        result = Result(self.work, self.name, floor=contest.floor, outside=contest.outside, notes=contest.notes)
+        result.absent.update(contest.absent)
+        if check_all(contest, result):
+            calls = {name: call for name, call in contest.calls.items() if name in result.errors}
+            result.measured, result.clocks = interleaved(
+                calls, clock, repetitions=options.repetitions, budget=options.budget
+            )
+            if contest.floor is not None:
+                seconds, result.limit = contest.floor.seconds(ceilings)
+                result.of_ceiling = seconds / result.value(OURS)
+        result.verdicts = [judge(bar, result, quick=options.quick) for bar in contest.bars]
+        return result
+
+
+def check_all(contest: Contest, result: Result) -> bool:
+    """Whether ours is right. Peers that are wrong, or do not run here, are set aside with the reason."""
+    for name in contest.calls:
+        try:
+            result.errors[name] = contest.check(name)
+        except Exception as error:  # whatever a peer raises, the others still compete
+            if name != OURS:
+                result.absent[name] = in_one_line(error)
+                continue
+            result.refused = str(error) if isinstance(error, Disagreement) else f"it failed: {in_one_line(error)}"
+            return False
+    return True
+
+
+def judge(bar: Bar, result: Result, *, quick: bool = False) -> Verdict:
+    def unjudged(why: str) -> Verdict:
+        return Verdict(bar.text, bar.required, None, None, f"{bar.text}: not judged ({why})")
+
+    if result.refused:
+        return unjudged("ours was refused")
+    if quick:
+        return unjudged("tiny sizes")
+    if bar.kind == "ratio":
+        peer = result.best_peer(bar.peers)
+        if peer is None:
+            missing = "; ".join(f"{name}: {result.absent.get(name, 'missing')}" for name in bar.peers)
+            return unjudged(missing or "no peer ran")
+        value, shown = result.ratio(peer), f"{result.ratio(peer):.2f}x"
+    elif bar.kind == "share":
+        assert result.of_ceiling is not None, "a bar on the ceiling needs a floor"
+        value, shown = result.of_ceiling, f"{result.of_ceiling:.0%}"
+    else:
+        value = result.value(OURS)
+        shown = duration(value) if bar.kind == "seconds" else size(value)
+    met = value >= bar.required if bar.kind in ("ratio", "share") else value <= bar.required
+    text = f"{bar.text}: {'met' if met else 'MISSED'}, {shown}"
+    if not met:
+        text += f" ({_short_by(bar, value)})"
+    return Verdict(bar.text, bar.required, value, met, text)
+
+
+def _short_by(bar: Bar, value: float) -> str:
+    if bar.kind in ("ratio", "share"):
+        return f"{1 - value / bar.required:.0%} short"
+    return f"{value / bar.required:.1f} times as much" if bar.required else "not zero"
+
+
+# Accuracy
 
 
 def relative_error(mine: Tensor, other: Tensor) -> float:
@@ -94,126 +271,86 @@ def relative_error(mine: Tensor, other: Tensor) -> float:
 
 
 def require_close(name: str, mine: Tensor, other: Tensor, limit: float) -> float:
-    """The relative error between two contestants' results; raises :class:`Disagreement` above ``limit``."""
+    """The relative error between two results; raises :class:`Disagreement` above ``limit``."""
     error = relative_error(mine, other)
     if not error <= limit:
         raise Disagreement(f"{name}: relative error {error:.2g} is above {limit:.2g}; no speed is reported")
     return error
 
 
-def require_accurate(name: str, mine: Tensor, eager: Tensor, exact: Tensor) -> float:
-    """Our error against float64 may be at most twice that of eager PyTorch in the same dtype, and some rounding."""
+def require_accurate(name: str, mine: Tensor, eager: Tensor, exact: Tensor, factor: float = OUR_FACTOR) -> float:
+    """The error against float64 may be at most ``factor`` times that of eager PyTorch in this dtype, and rounding."""
     rounding = torch.finfo(mine.dtype).eps
-    return require_close(name, mine, exact, 2 * relative_error(eager, exact) + rounding)
+    return require_close(name, mine, exact, factor * relative_error(eager, exact) + rounding)
 
 
-def read_bandwidth(megabytes: int = 256, repetitions: int = 7) -> float:
-    """Bytes per second that one pass over memory reads with the threads in use: the best of some passes."""
-    buffer = torch.ones(megabytes << 18, dtype=torch.float32)
-    return buffer.numel() * 4 / min(_seconds(buffer.sum)[0] for _ in range(repetitions))
+def accuracy_check(
+    calls: Mapping[str, Callable[[], tuple[Tensor, ...]]],
+    eager: Callable[[], tuple[Tensor, ...]],
+    exact: Callable[[], tuple[Tensor, ...]],
+) -> Callable[[str], float]:
+    """A check of every tensor that a contestant returns, against ``exact`` in float64 and ``eager`` in its dtype."""
+    known: dict[str, tuple[Tensor, ...]] = {}
+
+    def check(name: str) -> float:
+        if not known:
+            known.update(exact=exact(), eager=eager())
+        mine = calls[name]()
+        factor = OUR_FACTOR if name == OURS else PEER_FACTOR
+        errors = [
+            require_accurate(f"{name}, result {i}", *tensors, factor)
+            for i, tensors in enumerate(zip(mine, known["eager"], known["exact"], strict=True))
+        ]
+        return max(errors)
+
+    return check
 
 
-def peak_memory() -> int:
-    """Bytes of the largest resident set since the start or :func:`reset_peak_memory`.
-
-    Linux's VmHWM rather than ``ru_maxrss``: that one also counts the parent's memory at the time of the fork.
-    """
-    status = Path("/proc/self/status")
-    if status.is_file():
-        for line in status.read_text().splitlines():
-            if line.startswith("VmHWM"):
-                return int(line.split()[1]) << 10
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if platform.system() == "Darwin" else peak << 10
+def with_gradients(
+    call: Callable[..., tuple[Tensor, ...]], leaves: Iterable[Tensor], upstream: Iterable[Tensor]
+) -> tuple[Tensor, ...]:
+    """Outputs and gradients of ``call(*leaves)``, computed in the dtype of the leaves."""
+    leaves = [leaf.detach().requires_grad_() for leaf in leaves]
+    outputs = call(*leaves)
+    gradients = torch.autograd.grad(
+        outputs, leaves, [g.to(out.dtype) for g, out in zip(upstream, outputs, strict=True)]
+    )
+    return *(out.detach() for out in outputs), *gradients
 
 
-def reset_peak_memory() -> int:
-    """Let the peak start from what is resident now, where the system can; returns it."""
-    with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
-    return peak_memory()
+def without_gradients(call: Callable[..., tuple[Tensor, ...]], leaves: Iterable[Tensor]) -> tuple[Tensor, ...]:
+    with torch.inference_mode():
+        return call(*leaves)
 
 
-def machine_facts() -> dict[str, Any]:
-    """What the numbers depend on."""
-    import transformers
-
-    import clara_fast
-
-    return {
-        "cpu": _cpu_name(),
-        "cores": os.cpu_count(),
-        "capability": torch.backends.cpu.get_cpu_capability(),
-        "threads": torch.get_num_threads(),
-        "load_average": round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None,
-        "system": f"{platform.system()} {platform.machine()}",
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "clara_fast": getattr(clara_fast, "__version__", "unknown"),
-        "commit": _commit(),
-        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-    }
+def cast(tensors: Iterable[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    return [tensor.to(dtype) for tensor in tensors]
 
 
-def _commit() -> str:
-    """Of the repository that this file lies in; ``+`` where its Python or C++ code was changed since."""
-    root = Path(__file__).resolve().parents[1]
-
-    def git(*arguments: str) -> str:
-        return subprocess.run(["git", "-C", root, *arguments], capture_output=True, text=True, check=True).stdout
-
-    try:
-        changed = git("status", "--porcelain", "--", "python", "csrc", "triton_kernels").strip()
-        return git("rev-parse", "--short", "HEAD").strip() + ("+" if changed else "")
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+# Words
 
 
-def _cpu_name() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    if not cpuinfo.is_file():
-        return platform.processor() or platform.machine()
-    fields: dict[str, str] = {}
-    for line in cpuinfo.read_text().split("\n\n")[0].splitlines():
-        key, _, value = line.partition(":")
-        fields[key.strip()] = value.strip()
-    name = fields.get("model name", platform.machine())
-    return f"{name} (family {fields['cpu family']}, model {fields['model']})" if "cpu family" in fields else name
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.").removesuffix("_e4m3fn")
 
 
-class Report:
-    """Rows of results, shown as a table and kept as JSON."""
+def size(count: float) -> str:
+    """A number of bytes for people."""
+    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if abs(count) >= factor:
+            return f"{count / factor:.3g} {unit}"
+    return f"{count:.0f} B"
 
-    def __init__(self, title: str, columns: list[str], facts: dict[str, Any]) -> None:
-        self.title, self.columns, self.facts = title, columns, facts
-        self.rows: list[list[str]] = []
-        self.results: list[dict[str, Any]] = []
-        self.console = Console(width=max(Console().width, 150), highlight=False)
 
-    def say(self, text: str) -> None:
-        self.console.print(text, markup=False)
+def operations(count: float) -> str:
+    for unit, factor in (("TFLOP", 1e12), ("GFLOP", 1e9), ("MFLOP", 1e6), ("kFLOP", 1e3)):
+        if count >= factor:
+            return f"{count / factor:.3g} {unit}"
+    return f"{count:.0f} FLOP"
 
-    def say_facts(self) -> None:
-        self.say(", ".join(f"{name} {value}" for name, value in self.facts.items()))
 
-    def add(self, cells: list[str], result: dict[str, Any]) -> None:
-        self.rows.append(cells)
-        self.results.append(result)
-        self.say(f"{time.strftime('%H:%M:%S')} {cells[0]}: done")
-
-    def show(self) -> None:
-        table = Table(*self.columns, title=self.title)
-        for row in self.rows:
-            table.add_row(*row)
-        self.console.print(table)
-
-    def save(self, path: Path | None) -> None:
-        if path is None:
-            return
-        path.parent.mkdir(parents=True, exist_ok=True)
-        content = {"title": self.title, "facts": self.facts, "results": self.results}
-        path.write_text(json.dumps(content, indent=2) + "\n")
-        self.say(f"written to {path}")
+def in_one_line(error: Exception, longest: int = 160) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    with contextlib.suppress(ValueError):
+        text = text[: text.index(" Set TORCH")]
+    return text if len(text) <= longest else text[: longest - 3] + "..."

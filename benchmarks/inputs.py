@@ -78,7 +78,7 @@ def write_random_base(folder: Path, layers: int, *, tiny: bool) -> str:
     )
 
 
-def load_model(base: Path, *, doc_max_length: int, dtype: torch.dtype) -> Clara:
+def load_model(base: Path, *, doc_max_length: int, dtype: torch.dtype, device: torch.device) -> Clara:
     """A model on ``base`` with all three roles, whose adapters do something; without dropout, so it can be checked."""
     model = Clara.from_base(
         base,
@@ -86,16 +86,16 @@ def load_model(base: Path, *, doc_max_length: int, dtype: torch.dtype) -> Clara:
         compression_rate=16,
         lora={"dropout": 0.0},
         dtype=dtype,
-        device="cpu",
+        device=device,
     )
     model.add_role("query_reasoner", copy_of="compressor")
     generator = torch.Generator().manual_seed(1)
     for role in ("compressor", "query_reasoner", "generator"):
         for name, parameter in roles.role_parameters(model.lm, role).items():
             if "lora_B" in name:
-                parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.01)
+                parameter.data.copy_(torch.randn(parameter.shape, generator=generator).to(device) * 0.01)
     tokens = model.memory_embeddings
-    tokens.data.add_(torch.randn(tokens.shape, generator=generator) * tokens.std())
+    tokens.data.add_(torch.randn(tokens.shape, generator=generator).to(device) * tokens.std())
     return model
 
 

@@ -1,6 +1,6 @@
 """The model's work, ours beside the straightforward baseline: compress, train, answer, and the memory each takes.
 
-    python benchmarks/model.py [--base FOLDER] [--quick] [--json FILE]
+    python benchmarks/model.py [--only compress] [--base FOLDER] [--device cuda] [--quick] [--json FILE]
 
 Both compute the same thing with the same weights, which is checked before anything is timed. Without ``--base`` the
 model is a random Llama, and the output says so.
@@ -14,30 +14,43 @@ import subprocess
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from rich.console import Console
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-
-import harness
-import inputs
-from baseline import Baseline
-from harness import OURS, Disagreement, Report, require_close
-
 from clara_fast import Clara, ops
+from clara_fast.benchmarks import inputs, machine, report
+from clara_fast.benchmarks.baseline import Baseline
+from clara_fast.benchmarks.harness import (
+    OURS,
+    Bar,
+    Case,
+    Contest,
+    Disagreement,
+    Options,
+    Result,
+    dtype_name,
+    judge,
+    require_close,
+)
+from clara_fast.benchmarks.ops import add_options
+from clara_fast.benchmarks.report import Report
+from clara_fast.benchmarks.timing import clock_for
 from clara_fast.modeling import roles
 from clara_fast.modeling.packing import group_prompts
 from clara_fast.training.collation import ScpCollator, pack_groups
 
 BASELINE = "baseline"
-BARS = {"compress a corpus": 3.0, "SCP step": 2.0, "joint step": 10.0, "answer": 5.0, "peak memory": 2.0}
+BARS = {"compress a corpus": 3.0, "SCP step": 2.0, "joint step": 10.0, "answer": 5.0}
+MEMORY_BAR = 2.0
 # Relative errors up to which both count as equal. Gradients pass the softmax at temperature 0.02, which enlarges
 # rounding; bfloat16 rounds in different places on the two sides.
 LIMITS = {
@@ -61,6 +74,7 @@ class Size:
     batch: int = 8
 
 
+REPETITIONS = 3
 QUICK = Size(documents=6, full_documents=2, questions=3, candidates=6, top_k=2, new_tokens=8, batch=4)
 
 
@@ -85,11 +99,12 @@ class Ours:
     def __init__(self, model: Clara, work: Work) -> None:
         self.model, self.work = model, work
         self.max_tokens = work.size.batch * (model.text.max_length + model.config.num_memory)
-        self.scp_batch = ScpCollator(model)(work.samples)
-        self.query = model.pack([work.question])
+        batch = ScpCollator(model)(work.samples)
+        self.scp_batch = {part: batch[part].to(model.device) for part in ("documents", "prompts")}
+        self.query = model.pack([work.question]).to(model.device)
         turn = model.prompts.answer(model.text.defuse(work.question), work.size.top_k)
         exchange = model.text.exchange(model.prompts, turn, work.reply)
-        self.joint_prompts = pack_groups(model, [group_prompts([exchange])])
+        self.joint_prompts = pack_groups(model, [group_prompts([exchange])]).to(model.device)
 
     def compress(self) -> Tensor:
         return self.model.compress(self.work.documents, max_tokens=self.max_tokens)
@@ -181,13 +196,29 @@ def _gradients(parameters_of: Callable[[str], dict[str, Any]], memory_tokens: Te
 
 @dataclass(frozen=True)
 class Task:
-    """One row of the table: a method that both sides have, how results are compared, documents per call if any."""
+    """A method that both sides have, what it works on, how results are compared, documents per call if any."""
 
     name: str
     what: str
     method: str
     check: Callable[[Task, Ours, Theirs, torch.dtype], str]
     documents: int = 0
+
+    def case(self, ours: Ours, theirs: Theirs, dtype: torch.dtype) -> Case:
+        return Case(self.name, self.what, partial(self.contest, ours, theirs, dtype))
+
+    def contest(self, ours: Ours, theirs: Theirs, dtype: torch.dtype) -> Contest:
+        notes: dict[str, Any] = {"documents": self.documents} if self.documents else {}
+
+        def check(side: str) -> None:
+            # One comparison speaks for both.
+            if side == OURS:
+                notes["agreement"] = self.check(self, ours, theirs, dtype)
+
+        bar = BARS.get(self.name)
+        bars = [Bar(f"{bar:g}x the baseline", "ratio", bar)] if bar else []
+        calls = {OURS: getattr(ours, self.method), BASELINE: getattr(theirs, self.method)}
+        return Contest(calls, check, bars=bars, notes=notes)
 
 
 def tasks(model: Clara, work: Work) -> list[Task]:
@@ -253,132 +284,150 @@ def check_answer(task: Task, ours: Ours, theirs: Theirs, dtype: torch.dtype) -> 
 MEMORY_TASKS = {"compress a corpus": "compress", "SCP step": "scp_step", "joint step": "joint_step", "answer": "answer"}
 
 
-def measured_alone(arguments: argparse.Namespace, side: str, task: str) -> dict[str, int]:
-    """Peak of the resident set while ``side`` does ``task`` once, and what was resident before."""
-    command = [sys.executable, __file__, "--base", str(arguments.base), "--dtype", arguments.dtype]
-    command += ["--threads", str(arguments.threads), "--memory-file", str(arguments.memory_file)]
-    command += ["--alone", side, task, *(["--quick"] if arguments.quick else [])]
+def memory_result(setting: Setting, name: str) -> Result:
+    """Peaks of the task on both sides; on a CPU of the resident set, which holds the weights and the libraries too."""
+    peaks = {side: _measured_alone(setting, side, MEMORY_TASKS[name]) for side in (OURS, BASELINE)}
+    result = Result("peak memory", name, unit="bytes", measured={side: float(p["peak"]) for side, p in peaks.items()})
+    result.notes["resident before"] = {side: peak["before"] for side, peak in peaks.items()}
+    bar = Bar("half the baseline's", "ratio", MEMORY_BAR)
+    result.verdicts = [judge(bar, result, quick=setting.options.quick)]
+    return result
+
+
+def _measured_alone(setting: Setting, side: str, method: str) -> dict[str, int]:
+    command = [sys.executable, "-m", "clara_fast.benchmarks.model", "--alone", side, method]
+    command += ["--base", str(setting.base), "--memory-file", str(setting.memory_file)]
+    command += ["--dtype", dtype_name(setting.dtype), "--device", str(setting.options.device)]
+    command += ["--threads", str(torch.get_num_threads()), *(["--quick"] if setting.options.quick else [])]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        raise RuntimeError(f"{side} did not finish {task} alone:\n{done.stderr[-2000:]}")
+        raise RuntimeError(f"{side} did not finish {method} alone:\n{done.stderr[-2000:]}")
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def run_alone(arguments: argparse.Namespace, side: str, task: str) -> None:
-    size, dtype = sizes(arguments)
-    model = inputs.load_model(arguments.base, doc_max_length=size.doc_max_length, dtype=dtype)
-    work = Work(size, load_file(arguments.memory_file)["memory"])
+def run_alone(setting: Setting, side: str, method: str) -> None:
+    """The task once, in this process; prints its peak and what was there before."""
+    model = setting.load_model()
+    work = Work(setting.size, load_file(setting.memory_file)["memory"].to(model.device))
     one = Ours(model, work) if side == OURS else Theirs(model, work)
     del model
-    before = harness.reset_peak_memory()
-    getattr(one, task)()
-    print(json.dumps({"peak": harness.peak_memory(), "before": before}))
+    device = setting.options.device
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        getattr(one, method)()
+        peak = torch.cuda.max_memory_allocated(device)
+    else:
+        before = machine.reset_peak_memory()
+        getattr(one, method)()
+        peak = machine.peak_memory()
+    print(json.dumps({"peak": peak, "before": before}))
 
 
 # The run
 
 
-def sizes(arguments: argparse.Namespace) -> tuple[Size, torch.dtype]:
-    return QUICK if arguments.quick else Size(), getattr(torch, arguments.dtype)
+@dataclass(frozen=True)
+class Setting:
+    """The base model's folder and what it is, the file with the candidates' memories, and what was asked for."""
+
+    options: Options
+    base: Path
+    description: str
+    memory_file: Path
+
+    @property
+    def size(self) -> Size:
+        return QUICK if self.options.quick else Size()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.options.dtype or torch.float32
+
+    def load_model(self) -> Clara:
+        return inputs.load_model(
+            self.base, doc_max_length=self.size.doc_max_length, dtype=self.dtype, device=self.options.device
+        )
 
 
-def measure_time(arguments: argparse.Namespace, base: str) -> Report:
-    """Every task on both sides, once to compare the results and then for the clock."""
-    size, dtype = sizes(arguments)
-    model = inputs.load_model(arguments.base, doc_max_length=size.doc_max_length, dtype=dtype)
-    memory = model.compress(inputs.documents(size.candidates))
-    save_file({"memory": memory}, arguments.memory_file)
-    work = Work(size, memory)
+def results(setting: Setting, only: str | None, found: Report) -> Iterator[Result]:
+    """Every task on both sides, once to compare the results and then for the clock; then the memory of each."""
+    model = setting.load_model()
+    memory = model.compress(inputs.documents(setting.size.candidates))
+    save_file({"memory": memory.cpu().contiguous()}, setting.memory_file)
+    work = Work(setting.size, memory)
     ours, theirs = Ours(model, work), Theirs(model, work)
-    facts = {**harness.machine_facts(), "base": base, "dtype": arguments.dtype, "dropout": 0, **asdict(size)}
-    columns = ["work", OURS, BASELINE, "ratio", "ratio of CPU time", "bar", "agreement"]
-    report = Report("clara_fast beside the straightforward baseline: median (p20 to p80)", columns, facts)
-    report.say_facts()
+    # Graphs cannot hold what reads back from the GPU.
+    clock = clock_for(setting.options.device, shortest=0.0, capture=False)
     for task in tasks(model, work):
-        agreement = task.check(task, ours, theirs, dtype)
-        calls = {OURS: getattr(ours, task.method), BASELINE: getattr(theirs, task.method)}
-        timings = harness.interleaved(calls, arguments.repetitions)
-        ratio = timings[BASELINE].median / timings[OURS].median
-        cpu_ratio = timings[BASELINE].cpu / timings[OURS].cpu
-        rates = [f"; {task.documents / t.median:.3g} docs/s" if task.documents else "" for t in timings.values()]
-        cells = [f"{t}{rate}" for t, rate in zip(timings.values(), rates, strict=True)]
-        ratios = [f"{ratio:.2f}x", f"{cpu_ratio:.2f}x", _bar(task.name, ratio, arguments.quick)]
-        report.add(
-            [f"{task.name}: {task.what}", *cells, *ratios, agreement],
-            {
-                "work": task.name,
-                "what": task.what,
-                "seconds": {side: asdict(t) for side, t in timings.items()},
-                "ratio": ratio,
-                "cpu_ratio": cpu_ratio,
-                "bar": BARS.get(task.name),
-                "agreement": agreement,
-            },
-        )
-    return report
+        if wanted(only, task.name):
+            yield task.case(ours, theirs, setting.dtype).run(setting.options, clock, found.ceilings)
+    for name in MEMORY_TASKS if not setting.options.quick else ("SCP step",):
+        if wanted(only, f"peak memory: {name}"):
+            yield memory_result(setting, name)
 
 
-def measure_memory(arguments: argparse.Namespace, report: Report) -> None:
-    """Every task on both sides once more, each in a process of its own; one pair of them with ``--quick``."""
-    for name, method in MEMORY_TASKS.items() if not arguments.quick else [("SCP step", "scp_step")]:
-        alone = {side: measured_alone(arguments, side, method) for side in (OURS, BASELINE)}
-        ratio = alone[BASELINE]["peak"] / alone[OURS]["peak"]
-        cells = [f"{_mb(a['peak'])} ({_mb(a['peak'] - a['before'])} above rest)" for a in alone.values()]
-        report.add(
-            [f"peak memory: {name}", *cells, f"{ratio:.2f}x", "", _bar("peak memory", ratio, arguments.quick), ""],
-            {"work": f"peak memory: {name}", "bytes": alone, "ratio": ratio, "bar": BARS["peak memory"]},
-        )
+def wanted(only: str | None, name: str) -> bool:
+    return all(word in name.lower() for word in (only or "").lower().split())
 
 
-def _bar(name: str, ratio: float, quick: bool) -> str:
-    bar = BARS.get(name)
-    # What is overhead on tiny inputs says nothing about a bar.
-    return "" if bar is None or quick else f"{bar:g}x {'met' if ratio >= bar else 'missed'}"
+def benchmark(
+    options: Options, only: str | None, console: Console, *, base: Path | None = None, layers: int = 6
+) -> Report:
+    """Run the tasks on the base model in ``base`` or a random one of so many layers; progress goes to ``console``.
 
-
-def _mb(size: int) -> str:
-    return f"{size / 1e6:.0f} MB"
-
-
-def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--base", type=Path, help="folder of a causal language model (default: a random Llama)")
-    parser.add_argument("--layers", type=int, default=6, help="of the random Llama; 30 is SmolLM2-135M's shape")
-    parser.add_argument("--quick", action="store_true", help="tiny work, to see that everything runs")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--repetitions", type=int, help="default 3, or 1 with --quick")
-    parser.add_argument("--no-memory", action="store_true", help="skip peak memory, which takes eight processes")
-    parser.add_argument("--json", type=Path, help="also write the results here")
-    parser.add_argument("--memory-file", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--alone", nargs=2, help=argparse.SUPPRESS)
-    parsed = parser.parse_args(arguments)
-    parsed.repetitions = parsed.repetitions or (1 if parsed.quick else 3)
-    return parsed
-
-
-def main(arguments: list[str] | None = None) -> None:
-    parsed = parse(arguments)
-    torch.set_num_threads(parsed.threads)
+    Raises:
+        ValueError: no task is called so, or the dtype is not one that both sides compute in.
+    """
+    names = [*(name for name in BARS), "compress full documents", *(f"peak memory: {name}" for name in MEMORY_TASKS)]
+    if not any(wanted(only, name) for name in names):
+        raise ValueError(f"--only ({only}) leaves no case; there are {', '.join(names)}")
+    if options.dtype not in (None, *LIMITS):
+        raise ValueError(f"--dtype ({dtype_name(options.dtype)}) must be float32 or bfloat16 for the model")
     # Documents that fill the compressor's length are meant to be cut.
     warnings.filterwarnings("ignore", message=".*were cut to doc_max_length")
     transformers.utils.logging.disable_progress_bar()
-    if parsed.alone:
-        run_alone(parsed, *parsed.alone)
-        return
     with tempfile.TemporaryDirectory() as folder:
-        parsed.memory_file = Path(folder) / "memory.safetensors"
-        if parsed.base is None:
-            parsed.base = Path(folder) / "base"
-            base = inputs.write_random_base(parsed.base, parsed.layers, tiny=parsed.quick)
-        else:
-            base = str(parsed.base)
-        report = measure_time(parsed, base)
-        if not parsed.no_memory:
-            measure_memory(parsed, report)
-    report.show()
-    report.save(parsed.json)
+        description = str(base)
+        if base is None:
+            base = Path(folder) / "base"
+            description = inputs.write_random_base(base, layers, tiny=options.quick)
+        setting = Setting(options, base, description, Path(folder) / "memory.safetensors")
+        facts = {**machine.facts(options.device), "base": description, "dtype": dtype_name(setting.dtype)}
+        facts |= {"quick": options.quick, "dropout": 0, "size": asdict(setting.size)}
+        ceilings = machine.measure_ceilings(
+            options.device, clock_for(options.device, shortest=0.0), quick=options.quick
+        )
+        found = Report(f"The model on {options.device.type}, beside the baseline", facts, ceilings, console)
+        for result in results(setting, only, found):
+            found.add(result)
+    return found
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    add_options(parser)
+    parser.add_argument("--only", help="tasks whose name holds these words: compress, 'peak memory'")
+    parser.add_argument("--base", type=Path, help="folder of a causal language model (default: a random Llama)")
+    parser.add_argument("--layers", type=int, default=6, help="of the random Llama; 30 is SmolLM2-135M's shape")
+    parser.add_argument("--memory-file", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--alone", nargs=2, help=argparse.SUPPRESS)
+    parsed = parser.parse_args(arguments)
+    others = {"quick": parsed.quick, "repetitions": parsed.repetitions or (1 if parsed.quick else REPETITIONS)}
+    console = Console(width=max(Console().width, 160), highlight=False)
+    try:
+        options = Options.of(parsed.device, parsed.dtype, threads=parsed.threads, **others)
+        if parsed.alone:
+            run_alone(Setting(options, parsed.base, "", parsed.memory_file), *parsed.alone)
+            return 0
+        found = benchmark(options, parsed.only, console, base=parsed.base, layers=parsed.layers)
+    except ValueError as error:
+        parser.error(str(error))
+    found.show(console)
+    if parsed.json:
+        report.save([found], parsed.json)
+    return 1 if found.refused else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

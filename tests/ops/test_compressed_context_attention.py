@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from ops_checks import DTYPES, assert_same, assert_within_budget, values_and_grads, vast_attention_arguments
 
 from clara_fast import ops
-from clara_fast.ops import ContextLayout, _attention_plan, reference
+from clara_fast.ops import ContextLayout, reference
 
 attention_module = sys.modules["clara_fast.ops.compressed_context_attention"]
 
@@ -93,27 +93,6 @@ def test_any_layout(case, heads, size, seed):
     torch.manual_seed(seed)
     layout, rows, keys = case
     assert_same(*pair(layout), make_inputs(rows, keys, heads, size))
-
-
-@pytest.mark.parametrize("name", LAYOUTS)
-def test_small_tiles(name, monkeypatch):
-    """Tiles of two rows, each alone and without a library kernel, give what whole segments give."""
-    layout, rows, keys = LAYOUTS[name]
-    if name == "long":
-        pytest.skip("long")
-    make_plan = _attention_plan._make_plan
-    monkeypatch.setattr(_attention_plan, "BATCH_SCORES", 1)
-    monkeypatch.setattr(_attention_plan, "TILE_ROWS", 2)
-    monkeypatch.setattr(
-        attention_module, "_plan", lambda q, v, lists, backward: _attention_plan.make_plan(lists, 1 << 62, 0)
-    )
-    make_plan.cache_clear()
-    _attention_plan._future.cache_clear()
-    try:
-        assert_same(*pair(layout), make_inputs(rows, keys))
-    finally:
-        make_plan.cache_clear()
-        _attention_plan._future.cache_clear()
 
 
 def test_gradcheck():

@@ -34,7 +34,12 @@ class Layout {
   int64_t rows_of_segments_ = 0;
 };
 
-// [rows, heads, size] with the last dimension dense.
+// Copies a tensor [rows, heads, size] with gaps within a head; all other strides are taken as they are.
+inline void make_dense(Tensor& tensor) {
+  if (tensor.dim() == 3 && tensor.stride(2) != 1) tensor = torch::stable::contiguous(tensor);
+}
+
+// [rows, heads, size] without gaps within a head.
 class HeadsOf {
  public:
   HeadsOf(const Tensor& tensor, const char* name, Storage storage);

@@ -108,6 +108,9 @@ void compressed_context_attention_backward(Tensor grad_out_, std::optional<Tenso
                                            Tensor q_len, Tensor kv_start, Tensor kv_len, Tensor contexts,
                                            double scale, Tensor grad_query_, Tensor grad_key_, Tensor grad_value_) {
   const Storage storage = storage_of(query_, "query");
+  for (Tensor* tensor : {&grad_out_, &query_, &key_, &value_, &out_}) make_dense(*tensor);
+  if (!lse_.is_contiguous()) lse_ = torch::stable::contiguous(lse_);
+  if (grad_lse_.has_value() && !grad_lse_->is_contiguous()) grad_lse_ = torch::stable::contiguous(*grad_lse_);
   const HeadsOf query(query_, "query", storage);
   const HeadsOf key(key_, "key", storage);
   const HeadsOf value(value_, "value", storage);

@@ -54,21 +54,24 @@ Blocks blocks_of(const Layout& layout, int64_t groups) {
 
 void compressed_context_attention_forward(Tensor query_, Tensor key_, Tensor value_, Tensor q_start, Tensor q_len,
                                           Tensor kv_start, Tensor kv_len, Tensor contexts, double scale,
-                                          Tensor out_, Tensor lse_) {
+                                          Tensor out_, std::optional<Tensor> lse_) {
   const Storage storage = storage_of(query_, "query");
+  for (Tensor* tensor : {&query_, &key_, &value_}) make_dense(*tensor);
   const HeadsOf query(query_, "query", storage);
   const HeadsOf key(key_, "key", storage);
   const HeadsOf value(value_, "value", storage);
   const HeadsOf out(out_, "out", storage);
   const AttentionShape shape = attention_shape(query, key, value, scale);
   check_shape(out_, "out", {query.rows, query.heads, value.size});
-  check_shape(lse_, "lse", {query.rows, query.heads});
-  check_type(lse_, "lse", ScalarType::Float);
+  if (lse_.has_value()) {
+    check_shape(*lse_, "lse", {query.rows, query.heads});
+    check_type(*lse_, "lse", ScalarType::Float);
+  }
   const Layout layout(q_start, q_len, kv_start, kv_len, contexts, query.rows, key.rows);
-  float* lse = static_cast<float*>(lse_.mutable_data_ptr());
+  float* lse = lse_.has_value() ? static_cast<float*>(lse_->mutable_data_ptr()) : nullptr;
   if (layout.rows_of_segments() < query.rows) {
     std::memset(out_.mutable_data_ptr(), 0, static_cast<size_t>(out_.numel() * element_size(storage)));
-    std::fill_n(lse, lse_.numel(), -INFINITY);
+    if (lse != nullptr) std::fill_n(lse, query.rows * query.heads, -INFINITY);
   }
 
   const AttentionLoops& loops = attention_kernels()[storage];
@@ -89,7 +92,7 @@ void compressed_context_attention_forward(Tensor query_, Tensor key_, Tensor val
     task.first_key = part_begin(block.keys, block.share, block.shares);
     task.last_key = part_begin(block.keys, block.share + 1, block.shares);
     task.out = out.mutable_at(row, first_head);
-    task.lse = lse + row * query.heads + first_head;
+    task.lse = lse == nullptr ? nullptr : lse + row * query.heads + first_head;
     task.lse_position = query.heads;
     if (block.first_partial >= 0) {
       task.partial =

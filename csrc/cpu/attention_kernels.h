@@ -51,7 +51,7 @@ struct ForwardTask {
   int64_t own, offset;
   int64_t first_key, last_key;
   Heads out;
-  float* lse;
+  float* lse;  // null: not asked for
   int64_t lse_position;  // heads lie side by side
   // Where a share of the keys is a task: its sums, as [rows][padded(value_size)], and its two numbers per
   // row; else null.
@@ -113,7 +113,7 @@ constexpr int64_t backward_scratch(const AttentionShape& shape, int64_t keys) {
   const int64_t size = padded(shape.size);
   const int64_t value_size = padded(shape.value_size);
   const int64_t all_keys = padded(keys);
-  return rows * (5 * size + 3 * value_size + 4 * kBlockKeys + 3) + all_keys * (3 * size + 2 * value_size);
+  return rows * (4 * size + 5 * value_size + 4 * kBlockKeys + 3) + all_keys * (3 * size + 2 * value_size);
 }
 
 extern const AttentionKernels kGenericAttention;

@@ -341,8 +341,8 @@ void finish(const AttentionShape& shape, const ForwardTask& task, const float* s
     for (int64_t g = 0; g < shape.groups; ++g, ++row) {
       const bool nothing = sum[row] == 0.0f;
       unpack_row<T>(sums + row * ld, nothing ? 0.0f : 1.0f / sum[row], shape.value_size, task.out.at(i, g));
-      task.lse[i * task.lse_position + g] =
-          nothing ? -kInfinity : natural_log_sum(largest[row], sum[row]);
+      if (task.lse == nullptr) continue;
+      task.lse[i * task.lse_position + g] = nothing ? -kInfinity : natural_log_sum(largest[row], sum[row]);
     }
   }
 }
@@ -603,15 +603,17 @@ void pack_pairs(const ConstHeads& heads, int64_t first, int64_t rows, int64_t gr
   }
 }
 
-template <class T>
-float dot(const void* a, const void* b, int64_t columns) {
-  const T* x = static_cast<const T*>(a);
-  const T* y = static_cast<const T*>(b);
-  Vec total = zeros();
-  by_vectors(columns, [&](int64_t i, int64_t count) {
-    total = multiply_add(load_some(x + i, count), load_some(y + i, count), total);
-  });
-  return cpu::sum(total);
+// deltas[row] = what grad_out . out is, added up as products are: a row that sees one key has out equal to its
+// value, and so a gradient of scores of exactly zero.
+template <class Unit>
+void add_products(const float* a, const float* b, int64_t ld, int64_t rows, int64_t units, float* deltas) {
+  for (int64_t column = 0; column < rows; column += kWidth) {
+    Vec total = zeros();
+    for (int64_t u = 0; u < units; ++u) {
+      total = Unit::multiply_add(load(a + u * ld + column), load(b + u * ld + column), total);
+    }
+    store(deltas + column, total);
+  }
 }
 
 template <class T, class Unit>
@@ -636,6 +638,8 @@ void backward(const AttentionShape& shape, const BackwardTask& task, float* scra
   float* grad_rows = memory.take(most_rows * value_stride);
   float* queries_by_row = kPairs ? memory.take(most_rows * key_stride) : query_rows;
   float* grads_by_row = kPairs ? memory.take(most_rows * value_stride) : grad_rows;
+  float* out_rows = memory.take(most_rows * value_stride);
+  float* outs = memory.take(most_rows * value_stride);
   float* query_sums = memory.take(most_rows * key_stride);
   float* scores = memory.take(kBlockKeys * most_rows);
   float* products = memory.take(kBlockKeys * most_rows);
@@ -670,10 +674,12 @@ void backward(const AttentionShape& shape, const BackwardTask& task, float* scra
         pack_pairs<T, Unit>(reader.query, begin, rows, groups, shape.size, queries_by_row);
         pack_pairs<T, Unit>(reader.grad_out, begin, rows, groups, shape.value_size, grads_by_row);
       }
+      pack_rows<T, Unit>(reader.out, begin, positions, groups, shape.value_size, out_rows);
+      transpose(out_rows, rows, value_units, value_stride, outs, ld);
+      add_products<Unit>(outs, grads, ld, rows, value_units, deltas);
       for (int64_t row = 0; row < up_to(rows, kWidth); ++row) {
         log_sums[row] = kInfinity;  // weights of 0
         log_sum_rests[row] = 0.0f;
-        deltas[row] = 0.0f;
         if (row >= rows) continue;
         const int64_t i = begin + row / groups;
         const int64_t g = row % groups;
@@ -683,7 +689,6 @@ void backward(const AttentionShape& shape, const BackwardTask& task, float* scra
           log_sums[row] = static_cast<float>(log_sum);
           log_sum_rests[row] = static_cast<float>(log_sum - double{log_sums[row]});
         }
-        deltas[row] = dot<T>(reader.grad_out.at(i, g), reader.out.at(i, g), shape.value_size);
         if (reader.grad_lse != nullptr) deltas[row] -= reader.grad_lse[i * reader.lse_position + g];
       }
 

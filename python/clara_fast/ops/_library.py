@@ -45,7 +45,7 @@ NATIVE_SCHEMAS = {
     ),
     "cuda_has_image": "(Tensor probe) -> bool",
     "compressed_context_attention_forward": (
-        f"(Tensor query, Tensor key, Tensor value, {LAYOUT_SCHEMA}, Tensor(a!) out, Tensor(b!) lse) -> ()"
+        f"(Tensor query, Tensor key, Tensor value, {LAYOUT_SCHEMA}, Tensor(a!) out, Tensor(b!)? lse) -> ()"
     ),
     "compressed_context_attention_backward": (
         "(Tensor grad_out, Tensor? grad_lse, Tensor query, Tensor key, Tensor value, Tensor out, Tensor lse, "

@@ -25,11 +25,6 @@ def _accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _dense_rows(tensor: Tensor) -> Tensor:
-    """The native kernels take any strides but a gap between the elements of a head."""
-    return tensor if tensor.stride(2) == 1 else tensor.contiguous()
-
-
 def _segments(layout: tuple[Tensor, ...]) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """Each segment's query rows, the key rows it reads, and which of these ``[rows, keys]`` are hidden."""
     q_start, q_len, kv_start, kv_len, contexts = (tensor.tolist() for tensor in layout)
@@ -86,7 +81,7 @@ def _forward(
     out = query.new_empty((rows, q_heads, value.shape[2]))
     lse = query.new_empty((rows, q_heads), dtype=_accumulate_dtype(query.dtype))
     if kernel := _library.native_kernel("compressed_context_attention_forward", query, key, value):
-        kernel(_dense_rows(query), _dense_rows(key), _dense_rows(value), *layout, scale, out, lse)
+        kernel(query, key, value, *layout, scale, out, lse)
         return out, lse
     out.zero_()
     lse.fill_(-math.inf)
@@ -115,28 +110,27 @@ def _backward(
     contexts: Tensor,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradient with the weights P recomputed: dS = P * (dO V^T - rowsum(dO * O) + dlse)."""
+    """The gradient with the weights P recomputed: dS = P * (dP - rowsum(P * dP) + dlse), where dP = dO V^T."""
     layout = (q_start, q_len, kv_start, kv_len, contexts)
     if triton := _triton_kernels(query, key, value):
         tensors = (grad_out, grad_lse, query, key, value, out, lse)
         return triton.compressed_context_attention_bwd(*tensors, [x.contiguous() for x in layout], scale)
     if kernel := _library.native_kernel("compressed_context_attention_backward", query, key, value, grad_out):
         grads = query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
-        inputs = (_dense_rows(tensor) for tensor in (query, key, value, out))
-        grad_lse = None if grad_lse is None else grad_lse.contiguous()
-        kernel(_dense_rows(grad_out), grad_lse, *inputs, lse.contiguous(), *layout, scale, *grads)
+        kernel(grad_out, grad_lse, query, key, value, out, lse, *layout, scale, *grads)
         return grads
     # Contexts are read by many segments: their gradients add up in the accumulation dtype.
     dtype, heads = lse.dtype, key.shape[1]
     grad_query, grad_key, grad_value = (x.new_zeros(x.shape, dtype=dtype) for x in (query, key, value))
-    delta = (grad_out.to(dtype) * out.to(dtype)).sum(-1)
-    if grad_lse is not None:
-        delta = delta - grad_lse
     for segment, keys, hidden in _segments(layout):
         b_key, b_value = (_by_key_head(source[keys], heads) for source in (key, value))
-        b_query, b_grad, b_lse, b_delta = (_by_key_head(x[segment], heads) for x in (query, grad_out, lse, delta))
+        b_query, b_grad, b_lse = (_by_key_head(x[segment], heads) for x in (query, grad_out, lse))
         weights = _weights(_scores(b_query, b_key, hidden, scale), b_lse)
-        grad_scores = (b_grad @ b_value.transpose(1, 2)).sub_(b_delta.unsqueeze(-1)).mul_(weights).mul_(scale)
+        grad_weights = b_grad @ b_value.transpose(1, 2)
+        delta = (weights * grad_weights).sum(-1)
+        if grad_lse is not None:
+            delta -= _by_key_head(grad_lse[segment], heads)
+        grad_scores = (grad_weights - delta.unsqueeze(-1)).mul_(weights).mul_(scale)
         grad_query[segment] = _by_row(grad_scores @ b_key, hidden.shape[0])
         grad_key.index_add_(0, keys, (grad_scores.transpose(1, 2) @ b_query).transpose(0, 1))
         grad_value.index_add_(0, keys, (weights.transpose(1, 2) @ b_grad).transpose(0, 1))
@@ -186,18 +180,19 @@ _op = _library.define(
 
 
 def _check(query: Tensor, key: Tensor, value: Tensor, layout: ContextLayout) -> None:
-    for name, tensor in (("query", query), ("key", key), ("value", value)):
-        if tensor.dim() != 3:
-            raise ValueError(f"{name} must have 3 dimensions [rows, heads, size], got {list(tensor.shape)}")
-        if tensor.dtype != query.dtype or not tensor.is_floating_point():
-            raise ValueError(f"{name} must be floating point like query ({query.dtype}), got {tensor.dtype}")
-    if key.shape[:2] != value.shape[:2]:
-        raise ValueError(f"value rows and heads {list(value.shape[:2])} must be those of key {list(key.shape[:2])}")
-    if query.shape[2] != key.shape[2]:
-        raise ValueError(f"query head size ({query.shape[2]}) must be that of key ({key.shape[2]})")
-    if key.shape[1] == 0 or query.shape[1] % key.shape[1]:
-        raise ValueError(f"query heads ({query.shape[1]}) must be a multiple of key heads ({key.shape[1]})")
-    if layout.device != query.device:
+    q_shape, k_shape, v_shape, dtype = query.shape, key.shape, value.shape, query.dtype
+    for name, tensor, shape in (("query", query, q_shape), ("key", key, k_shape), ("value", value, v_shape)):
+        if len(shape) != 3:
+            raise ValueError(f"{name} must have 3 dimensions [rows, heads, size], got {list(shape)}")
+        if tensor.dtype is not dtype or not dtype.is_floating_point:
+            raise ValueError(f"{name} must be floating point like query ({dtype}), got {tensor.dtype}")
+    if k_shape[0] != v_shape[0] or k_shape[1] != v_shape[1]:
+        raise ValueError(f"value rows and heads {list(v_shape[:2])} must be those of key {list(k_shape[:2])}")
+    if q_shape[2] != k_shape[2]:
+        raise ValueError(f"query head size ({q_shape[2]}) must be that of key ({k_shape[2]})")
+    if k_shape[1] == 0 or q_shape[1] % k_shape[1]:
+        raise ValueError(f"query heads ({q_shape[1]}) must be a multiple of key heads ({k_shape[1]})")
+    if layout.q_len.device != query.device:
         raise ValueError(f"layout must be on the device of query ({query.device}), is on {layout.device}")
 
 
@@ -232,5 +227,12 @@ def compressed_context_attention(
     _check(query, key, value, layout)
     if scale is None:
         scale = query.shape[2] ** -0.5
-    run = _forward if _library.is_plain_inference(query) else _op
-    return run(query, key, value, *layout.tensors(), scale)[0]
+    tensors = layout.tensors()
+    if not _library.is_plain_inference(query):
+        return _op(query, key, value, *tensors, scale)[0]
+    if kernel := _library.native_kernel("compressed_context_attention_forward", query, key, value):
+        rows, heads, _ = query.shape
+        out = query.new_empty((rows, heads, value.shape[2]))
+        kernel(query, key, value, *tensors, scale, out, None)
+        return out
+    return _forward(query, key, value, *tensors, scale)[0]

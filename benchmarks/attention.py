@@ -2,10 +2,10 @@
 
     python benchmarks/attention.py [--only WORD] [--dtype float32] [--model smollm2] [--json FILE]
 
-Peers: SDPA one segment at a time, SDPA on padded segments with a mask (padding not counted), FlexAttention compiled with
-a block mask (compiling not counted; forward alone, as it has no backward on CPUs), plain products and softmax one segment
-at a time. Results are checked against float64 first. FLOPs count only pairs that see each other, and are compared
-with the rate of a large matrix product measured in the same run.
+Peers: SDPA one segment at a time; SDPA on padded segments with a mask (padding not counted); FlexAttention compiled
+with a block mask (compiling not counted; forward alone, as it has no backward on CPUs); plain products and softmax one
+segment at a time. Results are checked against float64 first. FLOPs count only pairs that see each other, and are
+compared with the rate of a large matrix product measured in the same run.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import math
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -167,7 +168,12 @@ def layouts() -> Iterator[tuple[str, ContextLayout, int, bool]]:
             False,
         )
     for rows in (4, 32):
-        yield f"prefill: {rows} rows over a cache of 2000", ContextLayout.padded([2000], 2000, q_lengths=rows), 2000, False
+        yield (
+            f"prefill: {rows} rows over a cache of 2000",
+            ContextLayout.padded([2000], 2000, q_lengths=rows),
+            2000,
+            False,
+        )
 
 
 def tree(contexts: int = 4, branches: int = 8) -> ContextLayout:
@@ -182,7 +188,7 @@ def tree(contexts: int = 4, branches: int = 8) -> ContextLayout:
 
 
 def pairs(layout: ContextLayout) -> int:
-    q_start, q_len, kv_start, kv_len, contexts = (tensor.tolist() for tensor in layout.tensors())
+    q_len, kv_len, contexts = (tensor.tolist() for tensor in (layout.q_len, layout.kv_len, layout.contexts))
     total = 0
     for s, others in enumerate(contexts):
         total += q_len[s] * sum(kv_len[other] for other in others if other >= 0)
@@ -237,11 +243,11 @@ def measure(report: Report, model: str, dtype: torch.dtype, only: str, repetitio
                 upstream = torch.randn(rows, q_heads, size).to(dtype)
                 timed = {n: with_backward(call, inputs, upstream) for n, call in calls.items()}
             else:
-                timed = {n: lambda call=call: call(*inputs) for n, call in calls.items()}
-                timed["SDPA padded"] = sdpa_padded(pieces, *inputs)
                 if with_flex and rows * keys < 2**25:
-                    flex_call = flex(layout, rows, keys)
-                    timed["FlexAttention"] = lambda: flex_call(*inputs)
+                    calls["FlexAttention"] = flex(layout, rows, keys)
+                timed = {n: partial(call, *inputs) for n, call in calls.items()}
+                timed["SDPA padded"] = sdpa_padded(pieces, *inputs)
+                calls.pop("FlexAttention", None)
             with torch.set_grad_enabled(backward):
                 for call in timed.values():
                     call()

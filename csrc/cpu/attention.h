@@ -1,4 +1,5 @@
-// What attention's forward and backward share: the layout as read, views of tensors, and the sharing of tasks.
+// What attention's forward and backward share: the layout as read, views of tensors, and the sharing of
+// tasks.
 #pragma once
 
 #include <atomic>
@@ -58,11 +59,14 @@ class HeadsOf {
   int64_t position_, head_;
 };
 
-inline AttentionShape attention_shape(const HeadsOf& query, const HeadsOf& key, const HeadsOf& value, double scale) {
+inline AttentionShape attention_shape(const HeadsOf& query, const HeadsOf& key, const HeadsOf& value,
+                                      double scale) {
   STD_TORCH_CHECK(key.heads > 0 && query.heads % key.heads == 0, "query heads (", query.heads,
                   ") must be a multiple of key heads (", key.heads, ")");
-  STD_TORCH_CHECK(query.size == key.size, "query head size (", query.size, ") must be that of key (", key.size, ")");
-  STD_TORCH_CHECK(value.rows == key.rows && value.heads == key.heads, "value must have the rows and heads of key");
+  STD_TORCH_CHECK(query.size == key.size, "query head size (", query.size, ") must be that of key (",
+                  key.size, ")");
+  STD_TORCH_CHECK(value.rows == key.rows && value.heads == key.heads,
+                  "value must have the rows and heads of key");
   return {query.heads / key.heads, query.size, value.size, static_cast<float>(scale)};
 }
 

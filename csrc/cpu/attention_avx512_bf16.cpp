@@ -16,8 +16,9 @@ struct Pairs {
   // A unit per lane: `low` in the lower half, `high` in the upper.
   static void store_pair(float* out, Vec low, Vec high) {
     // The conversion lays all of `high` above all of `low`.
-    alignas(64) static constexpr uint16_t kOrder[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
-                                                        8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+    alignas(64) static constexpr uint16_t kOrder[32] = {0,  16, 1,  17, 2,  18, 3,  19, 4,  20, 5,
+                                                        21, 6,  22, 7,  23, 8,  24, 9,  25, 10, 26,
+                                                        11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
     const __m512i both = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low));
     _mm512_storeu_si512(out, _mm512_permutexvar_epi16(_mm512_load_si512(kOrder), both));
   }
@@ -48,7 +49,8 @@ struct Pack<bf16, Pairs> {
     const uint16_t* x = static_cast<const uint16_t*>(one);
     const uint16_t* y = static_cast<const uint16_t*>(two);
     by_vectors(n, [&](int64_t i, int64_t count) {
-      const __m512i high = y == nullptr ? _mm512_setzero_si512() : _mm512_slli_epi32(load_lanes(y + i, count), 16);
+      const __m512i high =
+          y == nullptr ? _mm512_setzero_si512() : _mm512_slli_epi32(load_lanes(y + i, count), 16);
       _mm512_storeu_si512(out + i, _mm512_or_si512(load_lanes(x + i, count), high));
     });
   }

@@ -1,6 +1,6 @@
-// compressed_context_attention, backward: a task is some key rows, with one head, and everyone who reads them, in
-// order. It finishes the gradients of its keys and values; a query that several tasks know something about gets
-// its gradient from their parts, added up in order.
+// compressed_context_attention, backward: a task is some key rows, with one head, and everyone who reads
+// them, in order. It finishes the gradients of its keys and values; a query that several tasks know something
+// about gets its gradient from their parts, added up in order.
 #include <cstring>
 
 #include "attention.h"
@@ -104,9 +104,10 @@ Work work_of(const Layout& layout, int64_t key_rows) {
 }  // namespace
 
 void compressed_context_attention_backward(Tensor grad_out_, std::optional<Tensor> grad_lse_, Tensor query_,
-                                           Tensor key_, Tensor value_, Tensor out_, Tensor lse_, Tensor q_start,
-                                           Tensor q_len, Tensor kv_start, Tensor kv_len, Tensor contexts,
-                                           double scale, Tensor grad_query_, Tensor grad_key_, Tensor grad_value_) {
+                                           Tensor key_, Tensor value_, Tensor out_, Tensor lse_,
+                                           Tensor q_start, Tensor q_len, Tensor kv_start, Tensor kv_len,
+                                           Tensor contexts, double scale, Tensor grad_query_,
+                                           Tensor grad_key_, Tensor grad_value_) {
   const Storage storage = storage_of(query_, "query");
   for (Tensor* tensor : {&grad_out_, &query_, &key_, &value_, &out_}) make_dense(*tensor);
   if (!lse_.is_contiguous()) lse_ = torch::stable::contiguous(lse_);
@@ -138,7 +139,8 @@ void compressed_context_attention_backward(Tensor grad_out_, std::optional<Tenso
   }
   const Layout layout(q_start, q_len, kv_start, kv_len, contexts, query.rows, key.rows);
   if (layout.rows_of_segments() < query.rows) {
-    std::memset(grad_query_.mutable_data_ptr(), 0, static_cast<size_t>(grad_query_.numel() * element_size(storage)));
+    std::memset(grad_query_.mutable_data_ptr(), 0,
+                static_cast<size_t>(grad_query_.numel() * element_size(storage)));
   }
 
   const AttentionLoops& loops = attention_kernels()[storage];
@@ -183,8 +185,8 @@ void compressed_context_attention_backward(Tensor grad_out_, std::optional<Tenso
                             static_cast<int64_t>(readers.size())};
     loops.backward(shape, task, scratch);
   };
-  const double multiplications =
-      work.pairs * static_cast<double>(query.heads) * static_cast<double>(3 * shape.size + 2 * shape.value_size);
+  const double multiplications = work.pairs * static_cast<double>(query.heads) *
+                                 static_cast<double>(3 * shape.size + 2 * shape.value_size);
   run_tasks(static_cast<int64_t>(work.chunks.size()) * key.heads, multiplications,
             backward_scratch(shape, work.longest), run);
 
@@ -200,12 +202,12 @@ void compressed_context_attention_backward(Tensor grad_out_, std::optional<Tenso
         std::memset(target, 0, static_cast<size_t>(part_row * element_size(storage)));
         continue;
       }
-      loops.add_up(parts.data + (work.parts[s].begin + i) * part_row, segment.q_len * part_row, count, part_row,
-                   target);
+      loops.add_up(parts.data + (work.parts[s].begin + i) * part_row, segment.q_len * part_row, count,
+                   part_row, target);
     }
   };
-  run_tasks(static_cast<int64_t>(layout.segments().size()), static_cast<double>(work.part_rows * part_row) * 10, 0,
-            add_up);
+  run_tasks(static_cast<int64_t>(layout.segments().size()),
+            static_cast<double>(work.part_rows * part_row) * 10, 0, add_up);
 }
 
 }  // namespace clara_fast::cpu

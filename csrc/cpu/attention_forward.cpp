@@ -1,5 +1,5 @@
-// compressed_context_attention, forward: a task is a block of a segment's rows with one key head. A few rows on
-// many keys, as in decoding, are shared out by keys too.
+// compressed_context_attention, forward: a task is a block of a segment's rows with one key head. A few rows
+// on many keys, as in decoding, are shared out by keys too.
 #include <cmath>
 #include <cstring>
 
@@ -17,7 +17,7 @@ struct Block {
   int64_t first, positions;
   int64_t keys;  // that its last position sees
   bool few;
-  int64_t share, shares;   // of the keys
+  int64_t share, shares;  // of the keys
   int64_t first_partial;  // of its shares, per key head; -1: one share alone
 };
 
@@ -52,9 +52,9 @@ Blocks blocks_of(const Layout& layout, int64_t groups) {
 
 }  // namespace
 
-void compressed_context_attention_forward(Tensor query_, Tensor key_, Tensor value_, Tensor q_start, Tensor q_len,
-                                          Tensor kv_start, Tensor kv_len, Tensor contexts, double scale,
-                                          Tensor out_, std::optional<Tensor> lse_) {
+void compressed_context_attention_forward(Tensor query_, Tensor key_, Tensor value_, Tensor q_start,
+                                          Tensor q_len, Tensor kv_start, Tensor kv_len, Tensor contexts,
+                                          double scale, Tensor out_, std::optional<Tensor> lse_) {
   const Storage storage = storage_of(query_, "query");
   for (Tensor* tensor : {&query_, &key_, &value_}) make_dense(*tensor);
   const HeadsOf query(query_, "query", storage);
@@ -95,8 +95,8 @@ void compressed_context_attention_forward(Tensor query_, Tensor key_, Tensor val
     task.lse = lse == nullptr ? nullptr : lse + row * query.heads + first_head;
     task.lse_position = query.heads;
     if (block.first_partial >= 0) {
-      task.partial =
-          partials.data + (block.first_partial * key.heads + head * block.shares + block.share) * partial_size(shape);
+      task.partial = partials.data + (block.first_partial * key.heads + head * block.shares + block.share) *
+                                         partial_size(shape);
     }
     return task;
   };

@@ -51,7 +51,7 @@ struct ForwardTask {
   int64_t own, offset;
   int64_t first_key, last_key;
   Heads out;
-  float* lse;  // null: not asked for
+  float* lse;            // null: not asked for
   int64_t lse_position;  // heads lie side by side
   // Where a share of the keys is a task: its sums, as [rows][padded(value_size)], and its two numbers per
   // row; else null.
@@ -69,8 +69,8 @@ struct Reader {
   const float* lse;
   const float* grad_lse;  // null: none
   int64_t lse_position;
-  int64_t offset;      // key j of the task is seen by position i where j <= i + offset
-  Heads grad_query;    // float32 where the gradient is one of several to add up, else in storage
+  int64_t offset;    // key j of the task is seen by position i where j <= i + offset
+  Heads grad_query;  // float32 where the gradient is one of several to add up, else in storage
   bool partial;
 };
 

@@ -34,8 +34,9 @@ Layout::Layout(const Tensor& q_start_, const Tensor& q_len_, const Tensor& kv_st
   const Ints kv_len(kv_len_, "kv_len", 1);
   const Ints contexts(contexts_, "contexts", 2);
   const int64_t count = q_start.rows;
-  STD_TORCH_CHECK(q_len.rows == count && kv_start.rows == count && kv_len.rows == count && contexts.rows == count,
-                  "q_start, q_len, kv_start, kv_len and contexts must have one row per segment");
+  STD_TORCH_CHECK(
+      q_len.rows == count && kv_start.rows == count && kv_len.rows == count && contexts.rows == count,
+      "q_start, q_len, kv_start, kv_len and contexts must have one row per segment");
   const int64_t width = contexts_.size(1);
   const int64_t column = contexts_.stride(1);
   segments_.resize(count);

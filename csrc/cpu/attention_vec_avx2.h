@@ -42,7 +42,8 @@ inline void transpose_square(const float* in, int64_t ld_in, float* out, int64_t
   for (int i = 0; i < 4; ++i) {
     for (int half = 0; half < 2; ++half) {
       const float* p = in + i * ld_in + 4 * half;
-      a[4 * half + i] = _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(p)), _mm_loadu_ps(p + 4 * ld_in), 1);
+      a[4 * half + i] =
+          _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(p)), _mm_loadu_ps(p + 4 * ld_in), 1);
     }
   }
   for (int i = 0; i < 8; i += 2) {

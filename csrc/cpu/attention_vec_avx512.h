@@ -21,9 +21,7 @@ inline Vec from_lane(Vec v, int64_t lane, Vec otherwise) {
   return _mm512_mask_mov_ps(otherwise, kept, v);
 }
 
-inline Vec nearest(Vec x) {
-  return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-}
+inline Vec nearest(Vec x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 // y * 2^whole, 0 where x < -126.
 inline Vec times_power(Vec y, Vec whole, Vec x) {
   return _mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(x, _mm512_set1_ps(-126.0f), _CMP_NLT_UQ), y, whole);

@@ -75,11 +75,18 @@ def exact_log_sums(query, key, layout, scale):
 
 
 def assert_attention_within_budget(layout, inputs, scale=None, factor=3):
-    """Gradients come from weights exp(score - lse), and lse is a float32."""
-    lse = exact_log_sums(*inputs[:2], layout, inputs[0].shape[2] ** -0.5 if scale is None else scale)
+    """Gradients come from weights exp(score - lse), where lse is a float32, and from differences to grad_out . out."""
+    query, key, value = (tensor.double() for tensor in inputs)
+    scale = query.shape[2] ** -0.5 if scale is None else scale
+    lse = exact_log_sums(query, key, layout, scale)
     largest = lse[lse.isfinite()].abs().max().item() if lse.isfinite().any() else 0.0
-    rounding = (1 + largest) * torch.finfo(torch.float32).eps
-    assert_within_budget(*pair(layout, scale=scale), inputs, factor, gradient_rounding=rounding)
+    terms = 0.0
+    if query.numel() and key.numel():
+        # The upstream gradients of values_and_grads are at most 1.
+        products = value.square().sum(-1).sqrt().max() * value.shape[2] ** 0.5
+        terms = (products * max(query.abs().max(), key.abs().max()) * abs(scale)).item()
+    rounding = largest * torch.finfo(torch.float32).eps + torch.finfo(inputs[0].dtype).eps
+    assert_within_budget(*pair(layout, scale=scale), inputs, factor, gradient_rounding=rounding, gradient_terms=terms)
 
 
 def budget(layout, rows, keys, shape, dtype, scale=None):

@@ -47,12 +47,15 @@ def assert_within_budget(
     inputs: list[Tensor],
     factor: float = 2.0,
     rounded_within: torch.dtype = torch.float64,
+    gradient_rounding: float = 0.0,
+    gradient_terms: float = 0.0,
 ) -> None:
     """error(operator to float64) <= factor * error(reference in the same dtype to float64) + rounding.
 
     For every floating output and every gradient; rounding is two units in the last place of the largest
     element, in the dtype of the output or, if coarser, in ``rounded_within``, to which the operator's meaning
-    rounds on the way.
+    rounds on the way. ``gradient_rounding`` is what gradients owe to a rounded result of forward that
+    they start from, relative to the largest element or, where terms of the gradient cancel, to ``gradient_terms``.
     """
     exact = values_and_grads(reference, [tensor.double() for tensor in inputs])
     eager = values_and_grads(reference, inputs)
@@ -61,7 +64,10 @@ def assert_within_budget(
     for position, (ours, theirs, true) in enumerate(zip(actual, eager, exact, strict=True)):
         assert ours.shape == theirs.shape == true.shape
         eps = max(torch.finfo(ours.dtype).eps, torch.finfo(rounded_within).eps)
-        rounding = 2 * eps * (true.abs().max().item() if true.numel() else 0.0)
+        largest = true.abs().max().item() if true.numel() else 0.0
+        rounding = 2 * eps * largest
+        if position >= len(actual) - len(inputs):
+            rounding += gradient_rounding * max(largest, gradient_terms)
         budget = factor * error(theirs, true) + rounding
         assert error(ours, true) <= budget, f"tensor {position}: {error(ours, true):.3g} > {budget:.3g}"
 

@@ -18,6 +18,7 @@ from types import ModuleType
 
 import torch
 
+LAYOUT_SCHEMA = "Tensor q_start, Tensor q_len, Tensor kv_start, Tensor kv_len, Tensor contexts, float scale"
 NATIVE_SCHEMAS = {
     "pool_memory_forward": (
         "(Tensor hidden, Tensor offsets, int num_memory, Tensor? norm_weight, float norm_eps) "
@@ -44,6 +45,13 @@ NATIVE_SCHEMAS = {
         "-> (Tensor, Tensor, Tensor)"
     ),
     "cuda_has_image": "(Tensor probe) -> bool",
+    "compressed_context_attention_forward": (
+        f"(Tensor query, Tensor key, Tensor value, {LAYOUT_SCHEMA}, Tensor(a!) out, Tensor(b!)? lse) -> ()"
+    ),
+    "compressed_context_attention_backward": (
+        "(Tensor grad_out, Tensor? grad_lse, Tensor query, Tensor key, Tensor value, Tensor out, Tensor lse, "
+        f"{LAYOUT_SCHEMA}, Tensor(a!) grad_query, Tensor(b!) grad_key, Tensor(c!) grad_value) -> ()"
+    ),
 }
 KERNEL_DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
 

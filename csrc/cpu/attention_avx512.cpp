@@ -1,0 +1,12 @@
+// attention_loops.h is written over the Vec of the header before it.
+// clang-format off
+#include "attention_vec_avx512.h"
+#include "attention_loops.h"
+// clang-format on
+
+namespace clara_fast::cpu {
+
+const AttentionKernels kAvx512Attention = {
+    "avx512", {make_loops<float, Floats>(), make_loops<bf16, Floats>(), make_loops<f16, Floats>()}};
+
+}  // namespace clara_fast::cpu

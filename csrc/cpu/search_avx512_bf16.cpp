@@ -62,6 +62,12 @@ inline __m512i load_bytes(const char* p, Whole) { return _mm512_loadu_si512(p); 
 inline __m512i load_bytes(const char* p, Rest rest) {
   return _mm512_maskz_loadu_epi8((uint64_t{1} << rest.count) - 1, p);
 }
+// sum + four products each of unsigned and signed bytes. Written out because gcc 12 copies every sum around its own
+// intrinsic, twice.
+inline __m512i multiply_bytes(__m512i sum, __m512i with_unsigned, __m512i with_signed) {
+  asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(with_unsigned), "v"(with_signed));
+  return sum;
+}
 inline __m512i load(const char* p) { return _mm512_loadu_si512(p); }
 
 // out[t] = the sum of v[t]
@@ -168,15 +174,15 @@ struct DigitStream {
     return load_bytes(key, columns);
   }
   static Vector dot(Vector key, const char* row, Vector sum) {
-    return _mm512_dpbusd_epi32(sum, clara_fast::cpu::load(row), key);
+    return multiply_bytes(sum, clara_fast::cpu::load(row), key);
   }
   // The sum of (x + 128) * x, whose first factor is unsigned, and the sum of x.
   static Vector norm(Constant<0>, Vector key, Vector sum) {
     const Vector raised = _mm512_xor_si512(key, _mm512_set1_epi8(static_cast<char>(0x80)));
-    return _mm512_dpbusd_epi32(sum, raised, key);
+    return multiply_bytes(sum, raised, key);
   }
   static Vector norm(Constant<1>, Vector key, Vector sum) {
-    return _mm512_dpbusd_epi32(sum, _mm512_set1_epi8(1), key);
+    return multiply_bytes(sum, _mm512_set1_epi8(1), key);
   }
   static void store_norms(const Vector (*norms)[kGroupKeys], int64_t used, KeySums out) {
     int32_t raised[kGroupKeys];
@@ -231,7 +237,7 @@ struct DigitTile : Lanes {
   static Vector load(const char* p) { return _mm512_loadu_si512(p); }
   static void store(char* p, Vector v) { _mm512_storeu_si512(p, v); }
   static Vector multiply_add(__m512i key, Vector query, Vector sum) {
-    return _mm512_dpbusd_epi32(sum, query, key);
+    return multiply_bytes(sum, query, key);
   }
 };
 

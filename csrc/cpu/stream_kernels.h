@@ -10,7 +10,7 @@ namespace clara_fast::cpu {
 namespace {
 
 constexpr int64_t kGroupKeys = 4;       // keys whose sums are gathered at once
-constexpr int64_t kAhead = 4096;        // bytes that a prefetch runs ahead
+constexpr int64_t kAhead = 8192;       // bytes that a prefetch into the L2 cache runs ahead
 constexpr int64_t kStepsPerTotal = 64;  // short float32 sums
 
 // One to two keys, one after the other or side by side, `kUnroll` steps at a time.
@@ -34,7 +34,7 @@ inline void stream_keys(const char* keys, int64_t stride, int64_t n, const char*
     const auto step = [&](int64_t i, auto u, auto columns) CLARA_FAST_INLINE {
       unrolled<kKeys>([&](auto k) CLARA_FAST_INLINE {
         const char* key = keys + k * stride + i * kSize;
-        __builtin_prefetch(key + kAhead);
+        __builtin_prefetch(key + kAhead, 0, 2);
         const auto loaded = P::load(key, columns);
         unrolled<kRows>([&](auto r) CLARA_FAST_INLINE {
           dots[r][k][u] = P::dot(loaded, rows[r] + i * P::kRowBytes, dots[r][k][u]);

@@ -16,6 +16,7 @@ CpuFeatures detect() {
   found.avx512vl = __builtin_cpu_supports("avx512vl");
   found.avx512_bf16 = __builtin_cpu_supports("avx512bf16");
   found.avx512_vnni = __builtin_cpu_supports("avx512vnni");
+  found.avx512vbmi = __builtin_cpu_supports("avx512vbmi");
   found.amx_bf16 = __builtin_cpu_supports("amx-bf16");
   found.amx_int8 = __builtin_cpu_supports("amx-int8");
 #endif

@@ -45,6 +45,7 @@ py::dict cpu_features() {
   features["avx512f"] = found.avx512f;
   features["avx512_bf16"] = found.avx512_bf16;
   features["avx512_vnni"] = found.avx512_vnni;
+  features["avx512vbmi"] = found.avx512vbmi;
   features["amx_bf16"] = found.amx_bf16;
   features["amx_int8"] = found.amx_int8;
   return features;

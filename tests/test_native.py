@@ -50,7 +50,7 @@ def test_build_info_names_the_build():
 
 def test_cpu_features_are_bools():
     features = _native.cpu_features()
-    names = {"avx2", "fma", "f16c", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16", "amx_int8"}
+    names = {"avx2", "fma", "f16c", "avx512f", "avx512_bf16", "avx512_vnni", "avx512vbmi", "amx_bf16", "amx_int8"}
     assert features.keys() == names
     assert all(isinstance(value, bool) for value in features.values())
     if sys.platform == "linux" and os.path.exists("/proc/cpuinfo"):

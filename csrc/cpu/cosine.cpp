@@ -13,13 +13,13 @@ double exact_norm(const float* row, int64_t columns) {
   return std::sqrt(square);
 }
 
-Queries::Queries(const Tensor& tensor, Storage storage, int64_t count, int64_t columns)
+Queries::Queries(const Tensor& tensor, Storage storage, int64_t begin, int64_t count, int64_t columns)
     : stride_(ceil_div(columns, kPad) * kPad), values_(count * stride_), inverse_(count) {
   const Rows rows(tensor, storage, columns);
   torch::stable::parallel_for(0, count, grain(columns), [&](int64_t first, int64_t last) {
     for (int64_t q = first; q < last; ++q) {
       float* row = values_.data() + q * stride_;
-      kernels()[storage].widen(rows[q], columns, stride_, row);
+      kernels()[storage].widen(rows[begin + q], columns, stride_, row);
       const double norm = exact_norm(row, columns);
       if (norm == 0.0) {
         inverse_[q] = 0.0f;

@@ -12,15 +12,17 @@
 
 namespace clara_fast::cpu {
 
-// Float32 sums of squares in this range lost nothing to overflow or underflow.
-constexpr float kSmallestSquare = 1e-30f;
+// Float32 sums of squares in this range lost nothing to overflow or underflow, even where subnormal numbers
+// are taken for zero and a row has a million columns.
+constexpr float kSmallestSquare = 1e-24f;
 constexpr float kLargestSquare = 1e30f;
 
 // Queries as float32 rows, each scaled by a power of two to a length in [0.5, 1): a cosine does not change by
 // it.
 class Queries {
  public:
-  Queries(const Tensor& tensor, Storage storage, int64_t count, int64_t columns);
+  // `count` of the tensor's rows from row `begin` on.
+  Queries(const Tensor& tensor, Storage storage, int64_t begin, int64_t count, int64_t columns);
 
   const float* operator[](int64_t query) const { return values_.data() + query * stride_; }
   int64_t stride() const { return stride_; }
@@ -69,26 +71,33 @@ inline bool better(const Scored& a, const Scored& b) {
   return a.index < b.index;
 }
 
-// The best `capacity` of the entries offered, in memory that the caller owns.
+// The best `kept` of the entries offered, in memory for `room` entries, more than `kept`, that the caller
+// owns. It is cut down to the best whenever it is full, so that an offer costs little for any `kept`.
 class Best {
  public:
-  Best(Scored* entries, int64_t capacity) : entries_(entries), capacity_(capacity) {}
+  // Room that makes cuts rare, unless all there is fits.
+  static int64_t room(int64_t kept, int64_t offers) {
+    return std::min(2 * kept + 64, std::max(kept, offers) + 1);
+  }
+
+  Best(Scored* entries, int64_t kept, int64_t room) : entries_(entries), kept_(kept), room_(room) {}
 
   // An entry at or below this score changes nothing if its index is higher than all before. NaN: every entry
   // may count.
-  float threshold() const {
-    return count_ < capacity_ ? std::numeric_limits<float>::quiet_NaN() : entries_[0].score;
-  }
+  float threshold() const { return threshold_; }
 
   void offer(Scored entry) {
-    if (count_ < capacity_) {
-      entries_[count_++] = entry;
-      std::push_heap(entries_, entries_ + count_, better);
-    } else if (capacity_ > 0 && better(entry, entries_[0])) {
-      std::pop_heap(entries_, entries_ + count_, better);
-      entries_[count_ - 1] = entry;
-      std::push_heap(entries_, entries_ + count_, better);
-    }
+    if (entry.score <= threshold_) return;
+    entries_[count_++] = entry;
+    if (count_ == room_) cut();
+  }
+
+  // Leaves the best ones, in no order.
+  void cut() {
+    if (count_ < kept_ || kept_ == 0) return;
+    std::nth_element(entries_, entries_ + (kept_ - 1), entries_ + count_, better);
+    count_ = kept_;
+    threshold_ = entries_[kept_ - 1].score;
   }
 
   int64_t count() const { return count_; }
@@ -97,8 +106,9 @@ class Best {
 
  private:
   Scored* entries_;
-  int64_t capacity_;
+  int64_t kept_, room_;
   int64_t count_ = 0;
+  float threshold_ = std::numeric_limits<float>::quiet_NaN();
 };
 
 }  // namespace clara_fast::cpu

@@ -1,5 +1,4 @@
-// cosine_topk: streams over the keys in blocks, in the type they are stored in, and keeps the k best per
-// query.
+// cosine_topk: streams over the keys in blocks, in the type they are stored in, and keeps the best per query.
 #include <memory>
 #include <vector>
 
@@ -7,109 +6,35 @@
 #include "kernels.h"
 #include "ops.h"
 #include "tensors.h"
+#include "topk_operands.h"
+#include "topk_search.h"
 
 namespace clara_fast::cpu {
 namespace {
 
-constexpr int64_t kKeyBlock = 32;     // a block of keys, widened, stays in the L2 cache
-constexpr int64_t kQueryBlock = 64;   // so does a block of queries over one chunk of columns
-constexpr int64_t kQueryGroup = 256;  // queries that share one pass over a block of keys
-
-struct Problem {
-  const Queries& queries;
-  int64_t num_queries;
-  const Rows& keys;
-  const RowKernels& rows;
-  const float* scales;  // null: all 1
-  int64_t num_keys, columns;
-  int64_t element_bytes;
-
-  float scale(int64_t key) const { return scales == nullptr ? 1.0f : scales[key]; }
-};
-
-// A thread's working memory.
-struct Scratch {
-  float scores[kQueryGroup * kKeyBlock];
-  float wide[kKeyBlock * kChunk];
-  float squares[kKeyBlock];
-  float factors[kKeyBlock];
-  KeyKind kinds[kKeyBlock];
-  int32_t picked[kKeyBlock];
-};
-
-// Dots of one or two queries with a block of keys, straight from the stored keys.
-void few_dots(const Problem& problem, int64_t first_key, int64_t count, int64_t first_query,
-              int64_t num_queries, Scratch& scratch) {
-  const float* queries[kFewQueries];
-  for (int64_t q = 0; q < num_queries; ++q) queries[q] = problem.queries[first_query + q];
-  for (int64_t j = 0; j < count; j += kTileKeys) {
-    const int64_t used = std::min(kTileKeys, count - j);
-    const void* keys[kTileKeys];  // a short tile repeats its first key and drops the result
-    for (int64_t t = 0; t < kTileKeys; ++t) keys[t] = problem.keys[first_key + (t < used ? j + t : j)];
-    float dots[kFewQueries * kTileKeys];
-    float squares[kTileKeys];
-    problem.rows.dots(keys, queries, num_queries, problem.columns, dots, squares);
-    for (int64_t t = 0; t < used; ++t) {
-      scratch.squares[j + t] = squares[t];
-      for (int64_t q = 0; q < num_queries; ++q)
-        scratch.scores[q * kKeyBlock + j + t] = dots[q * kTileKeys + t];
-    }
-  }
+// Queries that share one pass over the keys: many, yet so few that they and their best fit into memory.
+int64_t group_of(int64_t num_queries, int64_t columns, int64_t groups_wanted) {
+  constexpr int64_t kMostQueries = 256;
+  constexpr int64_t kMostNumbers = 1 << 24;
+  const int64_t group =
+      std::min(ceil_div(num_queries, groups_wanted), kMostNumbers / std::max<int64_t>(1, columns));
+  return ceil_div(std::clamp<int64_t>(group, 1, kMostQueries), kLanes) * kLanes;
 }
 
-// Dots of many queries with a block of keys, which is widened to float32 once, a chunk of columns at a time.
-void many_dots(const Problem& problem, int64_t first_key, int64_t count, int64_t first_query,
-               int64_t num_queries, Scratch& scratch) {
-  std::fill_n(scratch.scores, num_queries * kKeyBlock, 0.0f);
-  std::fill_n(scratch.squares, count, 0.0f);
-  for (int64_t column = 0; column < problem.columns; column += kChunk) {
-    const int64_t n = std::min(kChunk, problem.columns - column);
-    const int64_t padded = ceil_div(n, kPad) * kPad;
-    for (int64_t j = 0; j < count; ++j) {
-      const char* key =
-          static_cast<const char*>(problem.keys[first_key + j]) + column * problem.element_bytes;
-      scratch.squares[j] += problem.rows.widen(key, n, padded, scratch.wide + j * kChunk);
-    }
-    for (int64_t q = 0; q < num_queries; q += kQueryBlock) {
-      kernels().block_dots(scratch.wide, kChunk, count, problem.queries[first_query + q] + column,
-                           problem.queries.stride(), std::min(kQueryBlock, num_queries - q), padded,
-                           scratch.scores + q * kKeyBlock, kKeyBlock);
-    }
+// The k best of what the parts of the keys kept for a query.
+void merge(Best* const* parts, int64_t num_parts, int64_t query, int64_t k, std::vector<Scored>& merged,
+           float* scores, int64_t* indices) {
+  merged.clear();
+  for (int64_t part = 0; part < num_parts; ++part) {
+    Best& best = parts[part][query];
+    best.cut();
+    merged.insert(merged.end(), best.begin(), best.end());
   }
-}
-
-void search(const Problem& problem, int64_t begin_key, int64_t end_key, int64_t begin_query,
-            int64_t end_query, Best* best, Scratch& scratch) {
-  // By the whole number of queries: a score must not depend on how the queries are split.
-  const bool few = problem.num_queries <= kFewQueries;
-  for (int64_t first_key = begin_key; first_key < end_key; first_key += kKeyBlock) {
-    const int64_t count = std::min(kKeyBlock, end_key - first_key);
-    for (int64_t first = begin_query; first < end_query; first += kQueryGroup) {
-      const int64_t group = std::min(kQueryGroup, end_query - first);
-      (few ? few_dots : many_dots)(problem, first_key, count, first, group, scratch);
-      for (int64_t j = 0; j < count && first == begin_query; ++j) {
-        const KeyFactor key = key_factor(problem.rows, problem.keys[first_key + j], problem.columns,
-                                         scratch.squares[j], problem.scale(first_key + j));
-        scratch.factors[j] = key.factor;
-        scratch.kinds[j] = key.kind;
-      }
-      for (int64_t q = 0; q < group; ++q) {
-        Best& kept = best[first + q];
-        float* scores = scratch.scores + q * kKeyBlock;
-        const int64_t hits =
-            kernels().scale_and_pick(scores, count, scratch.factors, problem.queries.inverse(first + q),
-                                     kept.threshold(), scratch.picked);
-        for (int64_t h = 0; h < hits; ++h) {
-          const int64_t j = scratch.picked[h];
-          float score = scores[j] + 0.0f;  // -0 becomes 0
-          if (std::isnan(score)) {
-            score = special_score(problem.rows, problem.keys[first_key + j], problem.columns,
-                                  scratch.kinds[j], problem.scale(first_key + j), problem.queries, first + q);
-          }
-          kept.offer({score, first_key + j});
-        }
-      }
-    }
+  if (num_parts > 1) std::nth_element(merged.begin(), merged.begin() + (k - 1), merged.end(), better);
+  std::sort(merged.begin(), merged.begin() + k, better);
+  for (int64_t i = 0; i < k; ++i) {
+    scores[i] = merged[i].score;
+    indices[i] = merged[i].index;
   }
 }
 
@@ -137,66 +62,63 @@ std::tuple<Tensor, Tensor> cosine_topk(Tensor queries, Tensor keys, int64_t k,
   Tensor indices = torch::stable::new_empty(queries, {num_queries, k}, ScalarType::Long);
   if (num_queries == 0 || k == 0) return {scores, indices};
 
-  const Queries prepared(queries, query_storage, num_queries, columns);
   const Rows rows(keys, key_storage, columns);
-  const Problem problem{
-      prepared,
-      num_queries,
-      rows,
-      kernels()[key_storage],
-      key_scales.has_value() ? static_cast<const float*>(key_scales->const_data_ptr()) : nullptr,
-      num_keys,
-      columns,
-      element_size(key_storage)};
-
-  // Threads share out the keys; where there are few, the queries too.
-  const int64_t threads = torch::stable::get_num_threads();
-  const int64_t blocks = ceil_div(num_keys, kKeyBlock);
-  const int64_t useful = num_queries * num_keys / std::max<int64_t>(1, grain(columns)) + 1;
-  const int64_t key_parts = std::min({threads, blocks, useful});
-  const int64_t query_parts =
-      std::clamp<int64_t>(std::min(threads, useful) / key_parts, 1, ceil_div(num_queries, kQueryBlock));
-  const int64_t kept_per_part = std::min(k, ceil_div(blocks, key_parts) * kKeyBlock);
-
-  std::vector<Scored> entries(key_parts * num_queries * kept_per_part);
-  std::vector<Best> best;
-  best.reserve(key_parts * num_queries);
-  for (int64_t i = 0; i < key_parts * num_queries; ++i) {
-    best.emplace_back(entries.data() + i * kept_per_part, kept_per_part);
-  }
-  const int64_t tasks = key_parts * query_parts;
-  const std::unique_ptr<Scratch[]> scratch(new Scratch[tasks]);  // not cleared: it is large
-  torch::stable::parallel_for(0, tasks, 1, [&](int64_t first, int64_t last) {
-    for (int64_t task = first; task < last; ++task) {
-      const int64_t key_part = task / query_parts;
-      const int64_t query_part = task % query_parts;
-      search(problem, part_begin(blocks, key_part, key_parts) * kKeyBlock,
-             std::min(num_keys, part_begin(blocks, key_part + 1, key_parts) * kKeyBlock),
-             part_begin(num_queries, query_part, query_parts),
-             part_begin(num_queries, query_part + 1, query_parts), best.data() + key_part * num_queries,
-             scratch[task]);
-    }
-  });
-
+  const KeyBank bank{
+      rows, key_storage,
+      key_scales.has_value() ? static_cast<const float*>(key_scales->const_data_ptr()) : nullptr, num_keys,
+      columns};
+  const Plan plan = choose_plan(query_storage, key_storage, num_queries);
   float* out_scores = static_cast<float*>(scores.mutable_data_ptr());
   int64_t* out_indices = static_cast<int64_t*>(indices.mutable_data_ptr());
-  std::vector<Scored> merged(num_queries * key_parts * kept_per_part);
-  torch::stable::parallel_for(0, num_queries, grain(key_parts * kept_per_part),
-                              [&](int64_t first, int64_t last) {
-                                for (int64_t q = first; q < last; ++q) {
-                                  Scored* const begin = merged.data() + q * key_parts * kept_per_part;
-                                  Scored* end = begin;
-                                  for (int64_t part = 0; part < key_parts; ++part) {
-                                    const Best& kept = best[part * num_queries + q];
-                                    end = std::copy(kept.begin(), kept.end(), end);
-                                  }
-                                  std::partial_sort(begin, begin + k, end, better);
-                                  for (int64_t i = 0; i < k; ++i) {
-                                    out_scores[q * k + i] = begin[i].score;
-                                    out_indices[q * k + i] = begin[i].index;
-                                  }
-                                }
-                              });
+
+  // Threads share out the keys; where there are few, groups of queries.
+  const int64_t threads = torch::stable::get_num_threads();
+  const int64_t blocks = ceil_div(num_keys, kKeyBlock);
+  const int64_t useful = num_queries * num_keys / grain(columns) + 1;
+  const int64_t parts = std::min({threads, blocks, useful});
+  const int64_t group = group_of(num_queries, columns, parts == 1 ? std::min(threads, useful) : 1);
+  const int64_t groups = ceil_div(num_queries, group);
+
+  const auto search_group = [&](int64_t first_query) {
+    const int64_t count = std::min(group, num_queries - first_query);
+    const Queries prepared(queries, query_storage, first_query, count, columns);
+    const Operands operands(plan, prepared, count, columns);
+    const int64_t keys_per_part = ceil_div(blocks, parts) * kKeyBlock;
+    const int64_t kept = std::min(k, keys_per_part);
+    const int64_t room = Best::room(kept, keys_per_part);
+    const std::unique_ptr<Scored[]> entries(new Scored[parts * count * room]);  // not cleared: it is large
+    std::vector<Best> best;
+    std::vector<Best*> best_of;
+    std::vector<Search> searches;
+    best.reserve(parts * count);
+    for (int64_t part = 0; part < parts; ++part) {
+      best_of.push_back(best.data() + part * count);
+      for (int64_t q = 0; q < count; ++q)
+        best.emplace_back(entries.get() + (part * count + q) * room, kept, room);
+      searches.emplace_back(bank, plan, prepared, operands);
+    }
+    torch::stable::parallel_for(0, parts, 1, [&](int64_t first, int64_t last) {
+      for (int64_t part = first; part < last; ++part) {
+        searches[part].run(part_begin(blocks, part, parts) * kKeyBlock,
+                           std::min(num_keys, part_begin(blocks, part + 1, parts) * kKeyBlock),
+                           best_of[part]);
+      }
+    });
+    torch::stable::parallel_for(0, count, grain(parts * kept), [&](int64_t first, int64_t last) {
+      std::vector<Scored> merged;
+      for (int64_t q = first; q < last; ++q) {
+        const int64_t row = (first_query + q) * k;
+        merge(best_of.data(), parts, q, k, merged, out_scores + row, out_indices + row);
+      }
+    });
+  };
+  if (parts > 1) {
+    for (int64_t g = 0; g < groups; ++g) search_group(g * group);
+  } else {
+    torch::stable::parallel_for(0, groups, 1, [&](int64_t first, int64_t last) {
+      for (int64_t g = first; g < last; ++g) search_group(g * group);
+    });
+  }
   return {scores, indices};
 }
 

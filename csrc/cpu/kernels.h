@@ -25,9 +25,6 @@ constexpr int64_t kPad = 16;
 constexpr int64_t kChunk = 1024;
 // Keys that `dots` takes at a time.
 constexpr int64_t kTileKeys = 4;
-// Queries that `dots` takes at most.
-constexpr int64_t kFewQueries = 2;
-
 // Loops over rows of n elements of one storage type. Everything is computed in float32.
 //
 // `dots` and `block_dots` add up each (key, query) pair in an order that depends on n alone, so equal rows
@@ -35,10 +32,8 @@ constexpr int64_t kFewQueries = 2;
 struct RowKernels {
   // float32 copy, zeros up to `padded`; returns the sum of squares.
   float (*widen)(const void* row, int64_t n, int64_t padded, float* out);
-  // dots[q * kTileKeys + j] of query q and key j, and squares[j], for kTileKeys keys and 1..kFewQueries
-  // queries.
-  void (*dots)(const void* const* keys, const float* const* queries, int64_t num_queries, int64_t n,
-               float* dots, float* squares);
+  // dots[j] of the query with key j, and squares[j], for kTileKeys keys.
+  void (*dots)(const void* const* keys, const float* query, int64_t n, float* dots, float* squares);
 
   // The rest exists for float32, bfloat16 and float16 only.
   float (*square_sum)(const void* row, int64_t n);
@@ -74,10 +69,6 @@ struct Kernels {
   void (*block_dots)(const float* keys, int64_t key_stride, int64_t num_keys, const float* queries,
                      int64_t query_stride, int64_t num_queries, int64_t n, float* scores,
                      int64_t score_stride);
-  // scores[j] *= key_factor[j] * query_factor; writes each j with !(scores[j] <= threshold), NaN included, to
-  // `picked` and returns how many there are.
-  int64_t (*scale_and_pick)(float* scores, int64_t n, const float* key_factor, float query_factor,
-                            float threshold, int32_t* picked);
 
   const RowKernels& operator[](Storage storage) const { return rows[static_cast<int>(storage)]; }
 };
@@ -88,7 +79,8 @@ extern const Kernels kAvx2Kernels;
 extern const Kernels kAvx512Kernels;
 #endif
 
-// The table for this processor. CLARA_FAST_CPU_ISA=generic|avx2|avx512 asks for less than it offers.
+// The table for this processor. CLARA_FAST_CPU_ISA=generic|avx2|avx512|avx512_bf16|amx asks for one of
+// those that it offers.
 const Kernels& kernels();
 
 }  // namespace clara_fast::cpu

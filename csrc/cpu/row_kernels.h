@@ -2,16 +2,11 @@
 // then this. All of it has internal linkage, so that each file keeps its own compiled copy.
 #pragma once
 
+#include "columns.h"
 #include "kernels.h"
 
 namespace clara_fast::cpu {
 namespace {
-
-// Which columns a step covers: a whole vector, or the last `count` of a row.
-struct Whole {};
-struct Rest {
-  int64_t count;
-};
 
 template <class T>
 inline Vec load(const T* p, Whole) {
@@ -85,43 +80,29 @@ float square_sum(const void* row, int64_t n) {
   });
 }
 
-template <class T, int kQueries>
-void dots_of(const void* const* keys, const float* const* queries, int64_t n, float* dots, float* squares) {
+template <class T>
+void dots(const void* const* keys, const float* query, int64_t n, float* dots, float* squares) {
   const T* k[kTileKeys];
   for (int64_t j = 0; j < kTileKeys; ++j) {
     k[j] = static_cast<const T*>(keys[j]);
     squares[j] = 0.0f;
+    dots[j] = 0.0f;
   }
-  for (int64_t i = 0; i < kQueries * kTileKeys; ++i) dots[i] = 0.0f;
   for (int64_t begin = 0; begin < n; begin += kChunk) {
     const int64_t end = begin + kChunk < n ? begin + kChunk : n;
-    Vec total[kQueries][kTileKeys];
+    Vec total[kTileKeys];
     Vec square[kTileKeys];
-    for (int64_t j = 0; j < kTileKeys; ++j) {
-      square[j] = zeros();
-      for (int q = 0; q < kQueries; ++q) total[q][j] = zeros();
-    }
+    for (int64_t j = 0; j < kTileKeys; ++j) total[j] = square[j] = zeros();
     for_columns(begin, end, [&](int64_t i, auto columns) {
-      Vec query[kQueries];
-      for (int q = 0; q < kQueries; ++q) query[q] = load(queries[q] + i, columns);
+      const Vec q = load(query + i, columns);
       for (int64_t j = 0; j < kTileKeys; ++j) {
         const Vec key = load(k[j] + i, columns);
         square[j] = multiply_add(key, key, square[j]);
-        for (int q = 0; q < kQueries; ++q) total[q][j] = multiply_add(key, query[q], total[q][j]);
+        total[j] = multiply_add(key, q, total[j]);
       }
     });
-    for (int q = 0; q < kQueries; ++q) add_sums(dots + q * kTileKeys, total[q]);
+    add_sums(dots, total);
     add_sums(squares, square);
-  }
-}
-
-template <class T>
-void dots(const void* const* keys, const float* const* queries, int64_t num_queries, int64_t n, float* dots,
-          float* squares) {
-  if (num_queries == 1) {
-    dots_of<T, 1>(keys, queries, n, dots, squares);
-  } else {
-    dots_of<T, 2>(keys, queries, n, dots, squares);
   }
 }
 
@@ -267,26 +248,6 @@ void block_dots(const float* keys, int64_t key_stride, int64_t num_keys, const f
   }
 }
 
-int64_t scale_and_pick(float* scores, int64_t n, const float* key_factor, float query_factor, float threshold,
-                       int32_t* picked) {
-  const Vec query_factors = broadcast(query_factor);
-  const Vec thresholds = broadcast(threshold);
-  int64_t count = 0;
-  int64_t j = 0;
-  for (; j + kWidth <= n; j += kWidth) {
-    const Vec v = load(scores + j) * load(key_factor + j) * query_factors;
-    store(scores + j, v);
-    for (uint32_t mask = not_at_most(v, thresholds); mask != 0; mask &= mask - 1) {
-      picked[count++] = static_cast<int32_t>(j + __builtin_ctz(mask));
-    }
-  }
-  for (; j < n; ++j) {
-    scores[j] = scores[j] * key_factor[j] * query_factor;
-    if (!(scores[j] <= threshold)) picked[count++] = static_cast<int32_t>(j);
-  }
-  return count;
-}
-
 template <class T>
 constexpr RowKernels readable() {
   RowKernels rows{};
@@ -313,8 +274,7 @@ constexpr RowKernels writable() {
 constexpr Kernels make_kernels(const char* name) {
   return {name,
           {writable<float>(), writable<bf16>(), writable<f16>(), readable<int8_t>(), readable<f8e4m3>()},
-          &block_dots,
-          &scale_and_pick};
+          &block_dots};
 }
 
 }  // namespace

@@ -81,7 +81,7 @@ std::tuple<Tensor, Tensor, Tensor> select_memory_forward(Tensor query, Tensor ke
   float* score = static_cast<float*>(scores.mutable_data_ptr());
   int64_t* index = static_cast<int64_t*>(indices.mutable_data_ptr());
 
-  const Queries queries(query, all.storage, all.batch, all.columns);
+  const Queries queries(query, all.storage, 0, all.batch, all.columns);
   const Rows key_rows(keys, all.storage, all.columns);
   const int64_t tiles = ceil_div(all.count, kTileKeys);
   torch::stable::parallel_for(
@@ -99,10 +99,9 @@ std::tuple<Tensor, Tensor, Tensor> select_memory_forward(Tensor query, Tensor ke
           const void* tile[kTileKeys];
           for (int64_t t = 0; t < kTileKeys; ++t)
             tile[t] = key_rows[b * all.count + members[t < used ? t : 0]];
-          const float* one_query = queries[b];
           float dots[kTileKeys];
           float squares[kTileKeys];
-          all.rows.dots(tile, &one_query, 1, all.columns, dots, squares);
+          all.rows.dots(tile, queries[b], all.columns, dots, squares);
           for (int64_t t = 0; t < used; ++t) {
             const KeyFactor key = key_factor(all.rows, tile[t], all.columns, squares[t], 1.0f);
             float result = dots[t] * key.factor * queries.inverse(b) + 0.0f;
@@ -115,13 +114,15 @@ std::tuple<Tensor, Tensor, Tensor> select_memory_forward(Tensor query, Tensor ke
       });
 
   const int64_t kept = std::min(k, all.count);
-  std::vector<Scored> entries(all.batch * kept);
+  const int64_t room = Best::room(kept, all.count);
+  std::vector<Scored> entries(all.batch * room);
   torch::stable::parallel_for(0, all.batch, grain(all.count), [&](int64_t first, int64_t last) {
     for (int64_t b = first; b < last; ++b) {
-      Best best(entries.data() + b * kept, kept);
+      Best best(entries.data() + b * room, kept, room);
       for (int64_t i = 0; i < all.count; ++i) {
         if (all.valid(b, i)) best.offer({score[b * all.count + i], i});
       }
+      best.cut();
       std::sort(best.begin(), best.end(), better);
       for (int64_t j = 0; j < k; ++j) index[b * k + j] = j < best.count() ? best.begin()[j].index : -1;
     }

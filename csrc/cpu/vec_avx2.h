@@ -10,6 +10,9 @@ namespace {
 
 constexpr int64_t kWidth = 8;
 constexpr int64_t kTileQueries = 3;  // 4 keys x 3 queries: 12 of the 16 registers accumulate
+// Of cosine_topk: vectors of sums that stay in registers, and rows that share a pass over keys.
+constexpr int kTileSums = 12;
+constexpr int kWideRows = 4;
 
 using Vec = __m256;
 

@@ -10,6 +10,9 @@ namespace {
 
 constexpr int64_t kWidth = 16;
 constexpr int64_t kTileQueries = 6;  // 4 keys x 6 queries: 24 of the 32 registers accumulate
+// Of cosine_topk: vectors of sums that stay in registers, and rows that share a pass over keys.
+constexpr int kTileSums = 24;
+constexpr int kWideRows = 8;
 
 using Vec = __m512;
 

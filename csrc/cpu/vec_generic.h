@@ -8,6 +8,14 @@ namespace {
 
 constexpr int64_t kWidth = 8;
 constexpr int64_t kTileQueries = 1;
+// Of cosine_topk: vectors of sums that stay in registers (two registers each), and rows that share a pass
+// over keys.
+#if defined(__aarch64__)
+constexpr int kTileSums = 12;
+#else
+constexpr int kTileSums = 4;
+#endif
+constexpr int kWideRows = 4;
 
 using Vec = float __attribute__((vector_size(32)));
 using IntVec = int32_t __attribute__((vector_size(32)));

@@ -1,0 +1,166 @@
+#include "topk_search.h"
+
+#include <cstring>
+
+namespace clara_fast::cpu {
+namespace {
+
+// Digit sums are exact over so many columns; the other formats add up all of them.
+int64_t span_of(const Plan& plan, int64_t columns) {
+  return plan.format == Format::kDigits ? std::min(columns, kExactColumns) : columns;
+}
+
+Storage stored_as(Format format) {
+  return format == Format::kPairs    ? Storage::kBFloat16
+         : format == Format::kDigits ? Storage::kInt8
+                                     : Storage::kFloat32;
+}
+
+}  // namespace
+
+Search::Search(const KeyBank& keys, const Plan& plan, const Queries& queries, const Operands& operands)
+    : keys_(keys),
+      plan_(plan),
+      queries_(queries),
+      operands_(operands),
+      kernels_(search_kernels()),
+      sums_(operands.panels() * plan.terms * kBlockSums),
+      dots_(plan.terms == 1 ? 0 : operands.panels() * kBlockSums),
+      converted_(plan.streams ? 0 : kKeyBlock * kGroups),
+      hits_(kBlockSums),
+      thresholds_(operands.panels() * kLanes) {}
+
+const float* Search::dots(int64_t panel) const {
+  return (plan_.terms == 1 ? reinterpret_cast<const float*>(sums_.data()) : dots_.data()) +
+         panel * kBlockSums;
+}
+
+void Search::run(int64_t begin, int64_t end, Best* best) {
+  for (int64_t q = 0; q < operands_.count(); ++q) thresholds_[q] = best[q].threshold();
+  for (int64_t first = begin; first < end; first += kKeyBlock) {
+    const int64_t count = std::min(kKeyBlock, end - first);
+    plan_.streams ? stream(first, count) : multiply(first, count);
+    measure(first, count);
+    for (int64_t panel = 0; panel < operands_.panels(); ++panel) {
+      const int64_t first_query = panel * kLanes;
+      const int64_t hits = kernels_.pick(dots(panel), count, factors_, operands_.inverses(panel),
+                                         thresholds_.data() + first_query,
+                                         std::min(kLanes, operands_.count() - first_query), hits_.data());
+      for (int64_t h = 0; h < hits; ++h) {
+        const Hit& hit = hits_[h];
+        const int64_t query = first_query + hit.lane;
+        float score = hit.score + 0.0f;  // -0 becomes 0
+        if (std::isnan(score)) {
+          score = special_score(keys_.kernels_of(), keys_.rows[first + hit.key], keys_.columns,
+                                kinds_[hit.key], keys_.scale(first + hit.key), queries_, query);
+        }
+        best[query].offer({score, first + hit.key});
+        thresholds_[query] = best[query].threshold();
+      }
+    }
+  }
+}
+
+void Search::stream(int64_t first, int64_t count) {
+  const void* rows[kStreamRows * kTerms];
+  void* outs[kStreamRows * kTerms];
+  const int64_t num_rows = operands_.count() * plan_.terms;
+  const int64_t span = span_of(plan_, keys_.columns);
+  const int64_t bytes = element_size(keys_.storage);
+  std::fill_n(squares_, count, 0.0f);
+  for (int64_t column = 0; column < keys_.columns; column += span) {
+    for (int64_t r = 0; r < num_rows; ++r) {
+      rows[r] = operands_.row(r / plan_.terms, r % plan_.terms, column);
+      outs[r] = sums_.data() + r % plan_.terms * kBlockSums + r / plan_.terms;
+    }
+    float squares[kKeyBlock];
+    kernels_.stream[static_cast<int>(plan_.format)][static_cast<int>(keys_.storage)](
+        static_cast<const char*>(keys_.rows[first]) + column * bytes, keys_.rows.stride, count,
+        std::min(span, keys_.columns - column), rows, num_rows, outs, {squares, key_sums_});
+    for (int64_t j = 0; j < count; ++j) squares_[j] += squares[j];
+    join(count, column == 0);
+  }
+}
+
+void Search::multiply(int64_t first, int64_t count) {
+  const int64_t step = kGroups * 4 / element_bytes(plan_.format);
+  const int64_t span = span_of(plan_, keys_.columns);
+  const int64_t bytes = element_size(keys_.storage);
+  const bool digits = plan_.format == Format::kDigits;
+  const SumKeys sum_keys = digits ? kernels_.sum_digits : kernels_.sum_keys[static_cast<int>(keys_.storage)];
+  std::fill_n(squares_, count, 0.0f);
+  for (int64_t begin = 0; begin < keys_.columns; begin += span) {
+    const int64_t end = std::min(begin + span, keys_.columns);
+    std::fill_n(key_sums_, count, 0);
+    for (int64_t column = begin; column < end; column += step) {
+      const int64_t n = std::min(step, end - column);
+      sum_keys(static_cast<const char*>(keys_.rows[first]) + column * bytes, keys_.rows.stride, count, n,
+               {squares_, digits ? key_sums_ : nullptr});
+      int64_t stride;
+      const void* block = block_of(first, count, column, n, &stride);
+      kernels_.tile[static_cast<int>(plan_.format)](
+          block, stride, operands_.panel(0, 0, column), operands_.panel_stride(),
+          operands_.panels() * plan_.terms,
+          ceil_div(n * element_bytes(plan_.format), kRowAlign) * kRowAlign / 4, sums_.data(),
+          column == begin);
+    }
+    join(count, begin == 0);
+  }
+}
+
+// A block of keys over n columns as `tile` wants it: as it is stored where possible, else a copy with zeros
+// after it.
+const void* Search::block_of(int64_t first, int64_t count, int64_t column, int64_t n, int64_t* stride) {
+  const char* stored = static_cast<const char*>(keys_.rows[first]) + column * element_size(keys_.storage);
+  const int64_t bytes = n * element_bytes(plan_.format);
+  if (keys_.storage == stored_as(plan_.format) && count == kKeyBlock && bytes % kRowAlign == 0) {
+    *stride = keys_.rows.stride;
+    return stored;
+  }
+  const Convert convert = kernels_.convert[static_cast<int>(plan_.format)][static_cast<int>(keys_.storage)];
+  const int64_t padded = ceil_div(bytes, kRowAlign) * kRowAlign;
+  char* block = reinterpret_cast<char*>(converted_.data());
+  for (int64_t j = 0; j < count; ++j) {
+    convert(stored + j * keys_.rows.stride, n, block + j * padded);
+    std::memset(block + j * padded + bytes, 0, padded - bytes);
+  }
+  std::memset(block + count * padded, 0, (kKeyBlock - count) * padded);
+  *stride = padded;
+  return block;
+}
+
+// Dots from the sums of several terms.
+void Search::join(int64_t count, bool first) {
+  if (plan_.terms == 1) return;
+  for (int64_t panel = 0; panel < operands_.panels(); ++panel) {
+    const int32_t* sums = sums_.data() + panel * kTerms * kBlockSums;
+    float* dots = dots_.data() + panel * kBlockSums;
+    if (plan_.format == Format::kDigits) {
+      kernels_.join_digits(sums, kBlockSums, key_sums_, count, operands_.units(panel), dots, first);
+    } else {
+      const float* terms = reinterpret_cast<const float*>(sums);
+      for (int64_t i = 0; i < count * kLanes; ++i) {
+        dots[i] = terms[i] + (terms[kBlockSums + i] + terms[2 * kBlockSums + i]);
+      }
+    }
+  }
+}
+
+// Lengths and kinds of a block of keys.
+void Search::measure(int64_t first, int64_t count) {
+  bool plain = true;
+  for (int64_t j = 0; j < count && keys_.scales != nullptr; ++j) {
+    const float scale = keys_.scales[first + j];
+    plain &= scale > 0.0f && scale <= std::numeric_limits<float>::max();
+  }
+  std::fill_n(kinds_, count, KeyKind::kPlain);
+  if (kernels_.inverse_lengths(squares_, count, kSmallestSquare, kLargestSquare, factors_) && plain) return;
+  for (int64_t j = 0; j < count; ++j) {
+    const KeyFactor key = key_factor(keys_.kernels_of(), keys_.rows[first + j], keys_.columns, squares_[j],
+                                     keys_.scale(first + j));
+    factors_[j] = key.factor;
+    kinds_[j] = key.kind;
+  }
+}
+
+}  // namespace clara_fast::cpu

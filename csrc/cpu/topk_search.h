@@ -1,0 +1,54 @@
+// One thread's share of cosine_topk: a group of queries against a range of keys.
+#pragma once
+
+#include <vector>
+
+#include "cosine.h"
+#include "topk_operands.h"
+
+namespace clara_fast::cpu {
+
+struct KeyBank {
+  const Rows& rows;
+  Storage storage;
+  const float* scales;  // null: all 1
+  int64_t count, columns;
+
+  const RowKernels& kernels_of() const { return kernels()[storage]; }
+  float scale(int64_t key) const { return scales == nullptr ? 1.0f : scales[key]; }
+};
+
+class Search {
+ public:
+  Search(const KeyBank& keys, const Plan& plan, const Queries& queries, const Operands& operands);
+
+  // Offers the keys of [begin, end), in order, to the best of each query.
+  void run(int64_t begin, int64_t end, Best* best);
+
+ private:
+  static constexpr int64_t kBlockSums = kKeyBlock * kLanes;
+
+  void stream(int64_t first, int64_t count);
+  void multiply(int64_t first, int64_t count);
+  void join(int64_t count, bool first);
+  void measure(int64_t first, int64_t count);
+  const void* block_of(int64_t first, int64_t count, int64_t column, int64_t n, int64_t* stride);
+  const float* dots(int64_t panel) const;
+
+  const KeyBank& keys_;
+  const Plan plan_;
+  const Queries& queries_;
+  const Operands& operands_;
+  const SearchKernels& kernels_;
+  // sums[panel][term][key][lane], float32 or int32; dots_[panel][key][lane] where they differ from these.
+  std::vector<int32_t> sums_;
+  std::vector<float> dots_;
+  std::vector<int32_t> converted_;  // a block of keys over the groups that `tile` takes at a time
+  std::vector<Hit> hits_;
+  std::vector<float> thresholds_;
+  float squares_[kKeyBlock], factors_[kKeyBlock];
+  int32_t key_sums_[kKeyBlock];
+  KeyKind kinds_[kKeyBlock];
+};
+
+}  // namespace clara_fast::cpu

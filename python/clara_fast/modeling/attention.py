@@ -57,7 +57,7 @@ def clara_fast_attention(
         layout = _layout_of_bounds(*bounds)
         if layout is None and query.shape[2] == key.shape[2]:
             layout = _layout_of_positions(kwargs.get("position_ids"))
-    elif layout is None and bounds[0] is not None and query.shape[2] == key.shape[2]:
+    elif layout is None and bounds[0] is not None and attention_mask is not None and query.shape[2] == key.shape[2]:
         attention_mask = _mask_within(attention_mask, bounds[0])
     if layout is None:
         return sdpa_attention_forward(

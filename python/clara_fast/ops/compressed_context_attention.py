@@ -238,20 +238,20 @@ _op = _library.define(
 )
 
 
-def _check(query: Tensor, key: Tensor, value: Tensor, layout: ContextLayout) -> None:
+def _check(query: Tensor, key: Tensor, value: Tensor) -> None:
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         if tensor.dim() != 3:
             raise ValueError(f"{name} must have 3 dimensions [rows, heads, size], got {list(tensor.shape)}")
-        if tensor.dtype != query.dtype or not tensor.is_floating_point():
+        if tensor.dtype != query.dtype or tensor.dtype not in _library.FLOAT_DTYPES:
             raise ValueError(f"{name} must be floating point like query ({query.dtype}), got {tensor.dtype}")
     if key.shape[:2] != value.shape[:2]:
         raise ValueError(f"value rows and heads {list(value.shape[:2])} must be those of key {list(key.shape[:2])}")
+    if query.shape[2] == 0:
+        raise ValueError(f"query head size ({query.shape[2]}) must be at least 1")
     if query.shape[2] != key.shape[2]:
         raise ValueError(f"query head size ({query.shape[2]}) must be that of key ({key.shape[2]})")
     if key.shape[1] == 0 or query.shape[1] % key.shape[1]:
         raise ValueError(f"query heads ({query.shape[1]}) must be a multiple of key heads ({key.shape[1]})")
-    if layout.device != query.device:
-        raise ValueError(f"layout must be on the device of query ({query.device}), is on {layout.device}")
 
 
 def compressed_context_attention(
@@ -276,14 +276,20 @@ def compressed_context_attention(
         float32 (float64 for float64).
 
     Raises:
-        ValueError: on shapes or dtypes that do not fit.
+        TypeError, ValueError: on shapes or dtypes that do not fit.
     """
+    if not isinstance(layout, ContextLayout):
+        raise TypeError(f"layout must be a ContextLayout, got {type(layout).__name__}")
+    _library.check_tensors("query key value layout", query, key, value, layout.q_len)
     device = query.device.type
-    if torch.is_autocast_enabled(device):
+    if device != "meta" and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-    _check(query, key, value, layout)
+    _check(query, key, value)
     if scale is None:
         scale = query.shape[2] ** -0.5
+    if not -math.inf < scale < math.inf:
+        raise ValueError(f"scale ({scale}) must be finite")
+    _library.refuse_transforms("compressed_context_attention", query, key, value)
     run = _forward if _library.is_plain_inference(query) else _op
     return run(query, key, value, *layout.tensors(), scale)[0]

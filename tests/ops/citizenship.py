@@ -21,7 +21,7 @@ class Case:
     function: Callable  # the operator
     reference: Callable  # what it means
     inputs: list[Tensor]
-    factor: float = 2.0
+    factor: float = 2.0  # 3 where products are taken in another order than the reference's
     rounds: bool = False  # whether the operator's meaning rounds to the dtype on the way
 
 
@@ -59,7 +59,7 @@ def _attention(device: str, dtype: torch.dtype) -> Case:
         lambda query, key, value, f=f: f(query, key, value, layout)
         for f in (ops.compressed_context_attention, reference.compressed_context_attention)
     ]
-    return Case(*functions, [torch.randn(65, heads, 64) for heads in (6, 2, 2)])
+    return Case(*functions, [torch.randn(65, heads, 64) for heads in (6, 2, 2)], factor=3)
 
 
 def _in_float32(function: Callable) -> Callable:
@@ -91,9 +91,7 @@ def strided(tensor: Tensor) -> Tensor:
     """The same values, every other element and row of a larger tensor, dimensions stored in another order."""
     spacious = tensor.new_zeros([2 * size for size in tensor.shape[::-1]]).permute(*range(tensor.dim() - 1, -1, -1))
     view = spacious[tuple(slice(None, None, 2) for _ in tensor.shape)]
-    view.copy_(tensor)
-    assert not view.is_contiguous()
-    return view
+    return view.copy_(tensor)
 
 
 def check_error_budget(name: str, device: str, dtype: torch.dtype) -> None:

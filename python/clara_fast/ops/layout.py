@@ -16,6 +16,8 @@ _MOST_ROWS = 2**31 - 1
 
 
 def _int_list(name: str, lengths: Lengths) -> list[int]:
+    if isinstance(lengths, int):
+        raise TypeError(f"{name} must be a list of integers or such a tensor, got {lengths}")
     values = lengths.tolist() if isinstance(lengths, Tensor) else list(lengths)
     for value in values if isinstance(values, list) else [values]:
         if not hasattr(value, "__index__"):

@@ -252,7 +252,7 @@ def test_pool_rows_past_int32():
     torch.testing.assert_close(mse.double(), expected, rtol=1e-4, atol=0)
 
 
-@pytest.mark.parametrize("lengths", [[1] * 300, [2000, 3, 700], [0, 5, 0], []])
+@pytest.mark.parametrize("lengths", [[1, 2] * 150, [2000, 3, 700], [0, 5, 0], []])
 @pytest.mark.parametrize("size", [16, 64, 128, 256])
 def test_attention_sizes(lengths, size):
     """Error against float64 at most twice that of eager in bfloat16, for every head size in use."""

@@ -97,7 +97,7 @@ class Rows:
 
     def add(self, target: Tensor, values: Tensor) -> None:
         if self.index is not None:
-            target.index_add_(0, self.index, values.flatten(0, 1).to(target.dtype))
+            target.index_add_(0, self.index, values.flatten(0, 1))
         elif self.step >= self.length:
             self._view(target).add_(values)
         else:

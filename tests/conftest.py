@@ -1,5 +1,10 @@
 import pytest
 import torch
+from hypothesis import settings
+
+settings.register_profile("quick", max_examples=25, deadline=None)
+settings.register_profile("more", max_examples=1000, deadline=None)
+settings.load_profile("quick")
 
 torch.set_num_threads(1)
 

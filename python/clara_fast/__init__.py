@@ -7,7 +7,8 @@ used, so that ``import clara_fast`` costs little beyond torch:
 - :class:`MemoryStore` keeps memories and documents on disk and searches them;
 - :class:`ScpTrainer` trains compressor and generator together (stage 1 of the paper);
 - :func:`warmup` compiles ahead what a model will call on a GPU;
-- :mod:`clara_fast.ops` holds the fused operations by themselves, as ``torch.ops.clara_fast.*``.
+- :mod:`clara_fast.ops` holds the fused operations by themselves, as ``torch.ops.clara_fast.*``;
+- transformers models take ``attn_implementation="clara_fast"`` (:mod:`clara_fast.modeling.attention`).
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from __future__ import annotations
 import importlib
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
+
+from clara_fast._register_attention import register_attention
 
 try:
     __version__ = version("clara-fast")
@@ -54,3 +57,6 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__, *_SUBPACKAGES})
+
+
+register_attention()

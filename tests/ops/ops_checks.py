@@ -22,7 +22,7 @@ def values_and_grads(function: Callable, inputs: list[Tensor]) -> list[Tensor]:
     outputs = function(*leaves)
     outputs = [out for out in (outputs if isinstance(outputs, tuple) else (outputs,)) if out.is_floating_point()]
     generator = torch.Generator().manual_seed(1)
-    upstream = [torch.randint(-8, 9, out.shape, generator=generator).to(out.dtype) / 8 for out in outputs]
+    upstream = [torch.randint(-8, 9, out.shape, generator=generator).to(out) / 8 for out in outputs]
     joined = [(out, grad) for out, grad in zip(outputs, upstream, strict=True) if out.requires_grad]
     if joined:
         grads = torch.autograd.grad(

@@ -170,7 +170,7 @@ def test_non_contiguous_inputs():
         ({"keys": torch.zeros(5, 3)}, r"keys must have shape \[N, R\] with R = 4, got \[5, 3\]"),
         (
             {"keys": torch.zeros(5, 4, dtype=torch.int8)},
-            r"key_scales must have shape \[N\] = \[5\] for torch.int8 keys",
+            r"key_scales must be floating point \[N\] = \[5\] for torch.int8 keys",
         ),
         (
             {"keys": torch.zeros(5, 4, dtype=torch.int16)},

@@ -78,7 +78,7 @@ def test_validate_returns_the_layout():
 
 
 def test_constructors_refuse_lists_of_different_length():
-    with pytest.raises(ValueError, match="zip"):
+    with pytest.raises(ValueError, match=r"branch_lengths \(1\) must hold one list for each of context_lengths \(2\)"):
         ContextLayout.branches([1, 2], [[1]])
     with pytest.raises(ValueError, match="exactly one"):
         ContextLayout.packed()

@@ -165,7 +165,7 @@ def test_nan_stays_in_its_segment():
             {"offsets": torch.tensor([0, 7], dtype=torch.int32)},
             r"offsets \(0 .. 7\) must lie within the rows of hidden \(6\)",
         ),
-        ({"norm_weight": torch.zeros(5)}, r"norm_weight must have shape \[D\] = \[4\], got \[5\]"),
+        ({"norm_weight": torch.zeros(5)}, r"norm_weight must be floating point \[D\] = \[4\], got torch.float32 \[5\]"),
     ],
 )
 def test_errors(change, message):

@@ -17,6 +17,8 @@ from pathlib import Path
 from types import ModuleType
 
 import torch
+from torch._C._functorch import TransformType, maybe_current_level, peek_interpreter_stack
+from torch.autograd import forward_ad
 
 LAYOUT_SCHEMA = "Tensor q_start, Tensor q_len, Tensor kv_start, Tensor kv_len, Tensor contexts, float scale"
 NATIVE_SCHEMAS = {
@@ -54,6 +56,7 @@ NATIVE_SCHEMAS = {
     ),
 }
 KERNEL_DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
+FLOAT_DTYPES = KERNEL_DTYPES | {torch.float64}
 
 library = torch.library.Library("clara_fast", "DEF")
 _native_library = torch.library.Library("clara_fast_native", "DEF")
@@ -69,13 +72,29 @@ def define(
     setup_context: Callable | None = None,
     backward: Callable | None = None,
 ) -> Callable:
-    """Registers one operator of ``clara_fast`` for every device and returns its overload."""
+    """Registers one operator of ``clara_fast`` for every device and returns its overload.
+
+    One without ``backward`` is the gradient of another, and has none itself: asking for it is an error, since torch
+    would go on without it.
+    """
     name = schema.partition("(")[0]
+
+    def no_second_derivative(ctx, *grads):
+        raise RuntimeError(
+            f"clara_fast::{name} has no derivative: differentiate once, or clara_fast.ops.reference's "
+            f"{name.removesuffix('_backward')} as often as you like"
+        )
+
+    def no_batching(*args):
+        raise RuntimeError(_no_transform(name, "vmap"))
+
     library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     library.impl(name, implementation, "CompositeExplicitAutograd")
+    library.impl(name, no_batching, "FuncTorchBatched")
     torch.library.register_fake(f"clara_fast::{name}", fake, lib=library)
-    if backward is not None:
-        torch.library.register_autograd(f"clara_fast::{name}", backward, setup_context=setup_context, lib=library)
+    torch.library.register_autograd(
+        f"clara_fast::{name}", backward or no_second_derivative, setup_context=setup_context, lib=library
+    )
     return getattr(torch.ops.clara_fast, name).default
 
 
@@ -108,6 +127,49 @@ native = _load_binary("clara_fast_cpu.so", "CPU")
 native_cuda = _load_binary("clara_fast_cuda.so", "CUDA") if torch.version.cuda else {}
 
 
+def check_tensors(names: str, *tensors: object) -> None:
+    """Raises a TypeError for what is no tensor, and a ValueError for one on another device than the first."""
+    first = tensors[0]
+    for name, tensor in zip(names.split(), tensors):
+        if not isinstance(tensor, torch.Tensor):
+            raise TypeError(f"{name} must be a Tensor, got {type(tensor).__name__}")
+        if tensor is not first and tensor.device != first.device:  # type: ignore[attr-defined]
+            raise ValueError(
+                f"{name} must be on the device of {names.split()[0]} ({first.device}), "  # type: ignore[attr-defined]
+                f"is on {tensor.device}"
+            )
+
+
+def check_integer(name: str, value: object) -> None:
+    if isinstance(value, float):
+        raise TypeError(f"{name} must be an integer, got {value}")
+
+
+def _no_transform(name: str, transform: str) -> str:
+    return (
+        f"clara_fast::{name} does not work under torch.func.{transform}: give it the whole batch, and differentiate "
+        "with torch.autograd"
+    )
+
+
+def refuse_transforms(name: str, *tensors: torch.Tensor | None) -> None:
+    """Says so where torch would drop a tangent or ask for what no operator can give.
+
+    Raises:
+        RuntimeError: under torch.func's transforms, and for tensors with a tangent of forward-mode differentiation.
+    """
+    if torch.compiler.is_compiling():
+        return
+    if maybe_current_level() is not None:
+        transform = peek_interpreter_stack().key()
+        if transform != TransformType.Functionalize:
+            raise RuntimeError(_no_transform(name, transform.name.lower()))
+    if forward_ad._current_level >= 0:
+        for tensor in tensors:
+            if tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None:
+                raise RuntimeError(f"clara_fast::{name} has no forward-mode derivative: use torch.autograd.grad")
+
+
 def is_plain_inference(tensor: torch.Tensor) -> bool:
     """Whether an operator may call its implementation itself: nothing differentiates, traces or intercepts.
 
@@ -117,6 +179,7 @@ def is_plain_inference(tensor: torch.Tensor) -> bool:
         torch.compiler.is_compiling()
         or torch.is_grad_enabled()
         or type(tensor) is not torch.Tensor
+        or tensor.is_meta
         or torch._C._len_torch_dispatch_stack()
     )
 

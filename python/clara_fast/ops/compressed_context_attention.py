@@ -83,6 +83,8 @@ def _forward(
     if kernel := _library.native_kernel("compressed_context_attention_forward", query, key, value):
         kernel(query, key, value, *layout, scale, out, lse)
         return out, lse
+    if query.is_cpu:
+        ContextLayout(*layout).validate(rows, key.shape[0])
     out.zero_()
     lse.fill_(-math.inf)
     heads = key.shape[1]
@@ -179,21 +181,21 @@ _op = _library.define(
 )
 
 
-def _check(query: Tensor, key: Tensor, value: Tensor, layout: ContextLayout) -> None:
+def _check(query: Tensor, key: Tensor, value: Tensor) -> None:
     q_shape, k_shape, v_shape, dtype = query.shape, key.shape, value.shape, query.dtype
     for name, tensor, shape in (("query", query, q_shape), ("key", key, k_shape), ("value", value, v_shape)):
         if len(shape) != 3:
             raise ValueError(f"{name} must have 3 dimensions [rows, heads, size], got {list(shape)}")
-        if tensor.dtype is not dtype or not dtype.is_floating_point:
+        if tensor.dtype is not dtype or dtype not in _library.FLOAT_DTYPES:
             raise ValueError(f"{name} must be floating point like query ({dtype}), got {tensor.dtype}")
     if k_shape[0] != v_shape[0] or k_shape[1] != v_shape[1]:
         raise ValueError(f"value rows and heads {list(v_shape[:2])} must be those of key {list(k_shape[:2])}")
+    if q_shape[2] == 0:
+        raise ValueError(f"query head size ({q_shape[2]}) must be at least 1")
     if q_shape[2] != k_shape[2]:
         raise ValueError(f"query head size ({q_shape[2]}) must be that of key ({k_shape[2]})")
     if k_shape[1] == 0 or q_shape[1] % k_shape[1]:
         raise ValueError(f"query heads ({q_shape[1]}) must be a multiple of key heads ({k_shape[1]})")
-    if layout.q_len.device != query.device:
-        raise ValueError(f"layout must be on the device of query ({query.device}), is on {layout.device}")
 
 
 def compressed_context_attention(
@@ -218,15 +220,21 @@ def compressed_context_attention(
         float32 (float64 for float64).
 
     Raises:
-        ValueError: on shapes or dtypes that do not fit.
+        TypeError, ValueError: on shapes or dtypes that do not fit.
     """
+    if not isinstance(layout, ContextLayout):
+        raise TypeError(f"layout must be a ContextLayout, got {type(layout).__name__}")
+    _library.check_tensors("query key value layout", query, key, value, layout.q_len)
     device = query.device.type
-    if torch.is_autocast_enabled(device):
+    if device != "meta" and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-    _check(query, key, value, layout)
+    _check(query, key, value)
     if scale is None:
         scale = query.shape[2] ** -0.5
+    if not -math.inf < scale < math.inf:
+        raise ValueError(f"scale ({scale}) must be finite")
+    _library.refuse_transforms("compressed_context_attention", query, key, value)
     tensors = layout.tensors()
     if not _library.is_plain_inference(query):
         return _op(query, key, value, *tensors, scale)[0]

@@ -104,7 +104,11 @@ def _backward(
     grad_chosen = q_unit.unsqueeze(1) - scores.unsqueeze(-1) * k_unit
     grad_chosen = grad_chosen * (grad_scores * k_inverse).unsqueeze(-1)
     grad_keys = keys.new_zeros(keys.shape, dtype=dtype)
-    grad_keys.index_add_(0, indices.flatten(), grad_chosen.flatten(0, 1))
+    if grad_keys.is_cuda:
+        # Sorts where index_add_ would add in any order.
+        grad_keys.index_put_((indices.flatten(),), grad_chosen.flatten(0, 1), accumulate=True)
+    else:
+        grad_keys.index_add_(0, indices.flatten(), grad_chosen.flatten(0, 1))
     return grad_queries.to(queries.dtype), grad_keys.to(keys.dtype)
 
 
@@ -147,22 +151,25 @@ _op = _library.define(
 
 
 def _check(queries: Tensor, keys: Tensor, k: int, key_scales: Tensor | None) -> None:
-    if queries.dim() != 2 or not queries.is_floating_point():
+    _library.check_tensors("queries keys", queries, keys)
+    if queries.dim() != 2 or queries.dtype not in _library.FLOAT_DTYPES:
         raise ValueError(f"queries must be floating point [B, R], got {queries.dtype} {list(queries.shape)}")
     if keys.dim() != 2 or keys.shape[1] != queries.shape[1]:
         raise ValueError(f"keys must have shape [N, R] with R = {queries.shape[1]}, got {list(keys.shape)}")
-    if keys.device != queries.device:
-        raise ValueError(f"keys must be on the device of queries ({queries.device}), is on {keys.device}")
     if keys.dtype in _QUANTISED:
-        if key_scales is None or key_scales.shape != keys.shape[:1]:
-            got = None if key_scales is None else list(key_scales.shape)
+        got = None
+        if key_scales is not None:
+            _library.check_tensors("queries key_scales", queries, key_scales)
+            got = f"{key_scales.dtype} {list(key_scales.shape)}"
+        if key_scales is None or key_scales.shape != keys.shape[:1] or not key_scales.is_floating_point():
             raise ValueError(
-                f"key_scales must have shape [N] = {list(keys.shape[:1])} for {keys.dtype} keys, got {got}"
+                f"key_scales must be floating point [N] = {list(keys.shape[:1])} for {keys.dtype} keys, got {got}"
             )
-    elif not keys.is_floating_point():
+    elif keys.dtype not in _library.FLOAT_DTYPES:
         raise ValueError(f"keys must be floating point, int8 or float8_e4m3fn, got {keys.dtype}")
     elif key_scales is not None:
         raise ValueError(f"key_scales must be None for {keys.dtype} keys")
+    _library.check_integer("k", k)
     if k < 0:
         raise ValueError(f"k ({k}) must not be negative")
     if k > keys.shape[0]:
@@ -186,8 +193,9 @@ def cosine_topk(queries: Tensor, keys: Tensor, k: int, *, key_scales: Tensor | N
         scores ``[B, k]`` float32 (float64 for float64), descending, and indices ``[B, k]`` int64.
 
     Raises:
-        ValueError: on shapes, dtypes or a k that do not fit.
+        TypeError, ValueError: on shapes, dtypes or a k that do not fit.
     """
     _check(queries, keys, k, key_scales)
+    _library.refuse_transforms("cosine_topk", queries, keys, key_scales)
     run = _forward if _library.is_plain_inference(queries) else _op
     return run(queries, keys, k, key_scales)

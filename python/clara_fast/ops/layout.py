@@ -2,18 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import GetAttrKey, register_pytree_node
 
 Lengths = Sequence[int] | Tensor
+_MOST_ROWS = 2**31 - 1
 
 
-def _int_list(lengths: Lengths) -> list[int]:
-    return lengths.tolist() if isinstance(lengths, Tensor) else [int(length) for length in lengths]
+def _int_list(name: str, lengths: Lengths) -> list[int]:
+    if isinstance(lengths, int):
+        raise TypeError(f"{name} must be a list of integers or such a tensor, got {lengths}")
+    values = lengths.tolist() if isinstance(lengths, Tensor) else list(lengths)
+    for value in values if isinstance(values, list) else [values]:
+        if not hasattr(value, "__index__"):
+            raise TypeError(f"{name} must be a list of integers or such a tensor, got {value!r}")
+    return values
+
+
+def _check_lists(name: str, lists: Sequence, other: str, others: Sequence) -> None:
+    if len(lists) != len(others):
+        raise ValueError(f"{name} ({len(lists)}) must hold one list for each of {other} ({len(others)})")
+
+
+def _check_range(name: str, segment: int, start: int, length: int, rows: int) -> None:
+    if start < 0 or length < 0:
+        raise ValueError(f"{name}_start ({start}) and {name}_len ({length}) of segment {segment} must not be negative")
+    if start + length > rows:
+        raise ValueError(
+            f"{name}_start + {name}_len ({start + length}) of segment {segment} must be at most the number of rows "
+            f"({rows})"
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,7 +55,8 @@ class ContextLayout:
             rows that one segment reads, its own and its contexts', must not overlap.
 
     Raises:
-        ValueError: on a shape or dtype that does not fit. Values are left to :meth:`validate`.
+        TypeError, ValueError: on a type, shape, dtype or device that does not fit. Values are left to
+            :meth:`validate`, but for what is made from lists.
     """
 
     q_start: Tensor
@@ -41,6 +66,13 @@ class ContextLayout:
     contexts: Tensor
 
     def __post_init__(self) -> None:
+        for name, tensor in zip(self.__dataclass_fields__, self.tensors(), strict=True):
+            if not isinstance(tensor, Tensor):
+                raise TypeError(
+                    f"{name} must be an int32 tensor, got {type(tensor).__name__} (for lists: ContextLayout.from_lists)"
+                )
+            if tensor.device != self.device:
+                raise ValueError(f"{name} must be on the device of q_len ({self.device}), is on {tensor.device}")
         segments = self.q_start.shape[0] if self.q_start.dim() == 1 else -1
         for name, tensor in zip(self.__dataclass_fields__, self.tensors(), strict=True):
             if tensor.dtype != torch.int32:
@@ -76,6 +108,11 @@ class ContextLayout:
         device: torch.device | str | None = None,
     ) -> ContextLayout:
         """From Python lists; ``contexts`` may be ragged."""
+        if len(contexts) != len(q_start):
+            raise ValueError(f"contexts ({len(contexts)}) must hold one list for each of q_start ({len(q_start)})")
+        for name, firsts, sizes in (("q", q_start, q_len), ("kv", kv_start, kv_len)):
+            for segment, (first, size) in enumerate(zip(firsts, sizes)):
+                _check_range(name, segment, first, size, _MOST_ROWS)
         width = max((len(row) for row in contexts), default=0)
         padded = [list(row) + [-1] * (width - len(row)) for row in contexts]
         lists = (list(values) for values in (q_start, q_len, kv_start, kv_len))
@@ -99,11 +136,13 @@ class ContextLayout:
     ) -> ContextLayout:
         """Independent causal segments, one after the other, given by ``lengths [S]`` or ``offsets [S+1]``."""
         if lengths is not None and offsets is None:
-            sizes = _int_list(lengths)
+            sizes = _int_list("lengths", lengths)
             return cls._self_attention(sizes, [[] for _ in sizes], device)
         if offsets is None or lengths is not None:
             raise ValueError("give exactly one of lengths and offsets")
-        bounds = _int_list(offsets)
+        bounds = _int_list("offsets", offsets)
+        if not bounds:
+            raise ValueError("offsets must hold at least 1 number, got none")
         sizes = [end - start for start, end in pairwise(bounds)]
         return cls.from_lists(bounds[:-1], sizes, bounds[:-1], sizes, [[] for _ in sizes], device=device)
 
@@ -122,9 +161,11 @@ class ContextLayout:
         """
         contexts_of: list[list[int]] = []
         lengths: list[int] = []
-        for context_length, branches in zip(_int_list(context_lengths), branch_lengths, strict=True):
+        context_sizes = _int_list("context_lengths", context_lengths)
+        _check_lists("branch_lengths", branch_lengths, "context_lengths", context_sizes)
+        for context_length, branches in zip(context_sizes, branch_lengths, strict=True):
             context = len(lengths)
-            lengths += [context_length, *branches]
+            lengths += [context_length, *_int_list("branch_lengths", branches)]
             contexts_of += [[], *([context] for _ in branches)]
         return cls._self_attention(lengths, contexts_of, device)
 
@@ -139,9 +180,11 @@ class ContextLayout:
         """Per sample, independent causal blocks, then a final segment that reads all of them and itself."""
         contexts_of: list[list[int]] = []
         lengths: list[int] = []
-        for blocks, final_length in zip(block_lengths, _int_list(final_lengths), strict=True):
+        final_sizes = _int_list("final_lengths", final_lengths)
+        _check_lists("block_lengths", block_lengths, "final_lengths", final_sizes)
+        for blocks, final_length in zip(block_lengths, final_sizes, strict=True):
             first = len(lengths)
-            lengths += [*blocks, final_length]
+            lengths += [*_int_list("block_lengths", blocks), final_length]
             contexts_of += [[] for _ in blocks]
             contexts_of.append(list(range(first, first + len(blocks))))
         return cls._self_attention(lengths, contexts_of, device)
@@ -169,15 +212,25 @@ class ContextLayout:
             q_stride: query rows per sample; the largest of ``q_padding + q_lengths`` by default.
             q_padding: unused query rows before the valid ones.
         """
-        sizes = _int_list(kv_lengths)
+        sizes = _int_list("kv_lengths", kv_lengths)
 
-        def spread(value: Lengths | int) -> list[int]:
-            return [value] * len(sizes) if isinstance(value, int) else _int_list(value)
+        def spread(name: str, value: Lengths | int) -> list[int]:
+            values = [value] * len(sizes) if isinstance(value, int) else _int_list(name, value)
+            if len(values) != len(sizes):
+                raise ValueError(f"{name} ({len(values)}) must hold one number for each of kv_lengths ({len(sizes)})")
+            return values
 
-        q_sizes = spread(sizes if q_lengths is None else q_lengths)
-        q_pads, kv_pads = spread(q_padding), spread(kv_padding)
+        q_sizes = spread("q_lengths", sizes if q_lengths is None else q_lengths)
+        q_pads, kv_pads = spread("q_padding", q_padding), spread("kv_padding", kv_padding)
         if q_stride is None:
             q_stride = max((pad + size for pad, size in zip(q_pads, q_sizes, strict=True)), default=0)
+        for name, pads, lengths, stride in (("q", q_pads, q_sizes, q_stride), ("kv", kv_pads, sizes, kv_stride)):
+            for sample, (pad, length) in enumerate(zip(pads, lengths)):
+                if pad + length > stride:
+                    raise ValueError(
+                        f"{name}_padding + {name}_lengths ({pad + length}) of sample {sample} must be at most "
+                        f"{name}_stride ({stride})"
+                    )
         return cls.from_lists(
             [row * q_stride + pad for row, pad in enumerate(q_pads)],
             q_sizes,
@@ -201,15 +254,7 @@ class ContextLayout:
             ("kv", kv_start, kv_len, num_key_rows),
         ):
             for segment, (start, length) in enumerate(zip(starts, lengths)):
-                if start < 0 or length < 0:
-                    raise ValueError(
-                        f"{name}_start ({start}) and {name}_len ({length}) of segment {segment} must not be negative"
-                    )
-                if rows is not None and start + length > rows:
-                    raise ValueError(
-                        f"{name}_start + {name}_len ({start + length}) of segment {segment} must be at most "
-                        f"the number of rows ({rows})"
-                    )
+                _check_range(name, segment, start, length, _MOST_ROWS if rows is None else rows)
         ranges = sorted((start, start + length) for start, length in zip(q_start, q_len) if length)
         for (_, end), (start, _) in pairwise(ranges):
             if start < end:
@@ -221,3 +266,26 @@ class ContextLayout:
                         f"contexts ({context}) of segment {segment} must be -1 or a segment below {segments}"
                     )
         return self
+
+
+def _from_leaves(leaves: Iterable[Any], _: None) -> ContextLayout:
+    # Not through __init__: torch puts other things than tensors into a tree while it traces.
+    layout = object.__new__(ContextLayout)
+    for name, leaf in zip(ContextLayout.__dataclass_fields__, leaves, strict=True):
+        object.__setattr__(layout, name, leaf)
+    return layout
+
+
+# So that torch.export and torch.utils.checkpoint see the tensors in it.
+register_pytree_node(
+    ContextLayout,
+    lambda layout: (list(layout.tensors()), None),
+    _from_leaves,
+    serialized_type_name="clara_fast.ops.ContextLayout",
+    to_dumpable_context=lambda _: None,
+    from_dumpable_context=lambda _: None,
+    flatten_with_keys_fn=lambda layout: (
+        [(GetAttrKey(name), getattr(layout, name)) for name in layout.__dataclass_fields__],
+        None,
+    ),
+)

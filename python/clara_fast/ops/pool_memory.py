@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from itertools import pairwise
 from types import ModuleType
@@ -63,6 +64,8 @@ def _memory_rows(offsets: Tensor, num_memory: int) -> Tensor:
 def _forward(
     hidden: Tensor, offsets: Tensor, num_memory: int, norm_weight: Tensor | None, norm_eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
+    if offsets.is_cpu:
+        _check_offsets(offsets, num_memory, hidden.shape[0])
     floating = (hidden,) if norm_weight is None else (hidden, norm_weight)
     if offsets.shape[0] > 1:
         weight = None if norm_weight is None else norm_weight.contiguous()
@@ -186,24 +189,24 @@ _op = _library.define(
 )
 
 
-def _check(hidden: Tensor, offsets: Tensor, num_memory: int, norm_weight: Tensor | None) -> None:
-    if hidden.dim() != 2 or not hidden.is_floating_point():
+def _check(hidden: Tensor, offsets: Tensor, num_memory: int, norm_weight: Tensor | None, norm_eps: float) -> None:
+    _library.check_tensors("hidden offsets", hidden, offsets)
+    if hidden.dim() != 2 or hidden.dtype not in _library.FLOAT_DTYPES:
         raise ValueError(f"hidden must be floating point [T, D], got {hidden.dtype} {list(hidden.shape)}")
     if offsets.dim() != 1 or offsets.shape[0] < 1 or offsets.dtype != torch.int32:
         raise ValueError(f"offsets must be int32 [S + 1], got {offsets.dtype} {list(offsets.shape)}")
-    if offsets.device != hidden.device:
-        raise ValueError(f"offsets must be on the device of hidden ({hidden.device}), is on {offsets.device}")
+    _library.check_integer("num_memory", num_memory)
     if num_memory < 1:
         raise ValueError(f"num_memory ({num_memory}) must be at least 1")
     if norm_weight is not None:
-        if norm_weight.shape != hidden.shape[1:]:
+        _library.check_tensors("hidden norm_weight", hidden, norm_weight)
+        if norm_weight.shape != hidden.shape[1:] or norm_weight.dtype not in _library.FLOAT_DTYPES:
             raise ValueError(
-                f"norm_weight must have shape [D] = {list(hidden.shape[1:])}, got {list(norm_weight.shape)}"
+                f"norm_weight must be floating point [D] = {list(hidden.shape[1:])}, "
+                f"got {norm_weight.dtype} {list(norm_weight.shape)}"
             )
-        if norm_weight.device != hidden.device:
-            raise ValueError(
-                f"norm_weight must be on the device of hidden ({hidden.device}), is on {norm_weight.device}"
-            )
+        if not 0 <= norm_eps < math.inf:
+            raise ValueError(f"norm_eps ({norm_eps}) must be finite and not negative")
 
 
 def _check_offsets(offsets: Tensor, num_memory: int, rows: int) -> None:
@@ -244,14 +247,13 @@ def pool_memory(
         memory ``[S, m, D]`` in the dtype of ``hidden``, and mse ``[S]`` float32 (float64 for float64).
 
     Raises:
-        ValueError: on shapes or dtypes that do not fit and, for CPU tensors, on offsets that are out of range
-            or give a segment fewer than ``num_memory`` rows.
+        TypeError, ValueError: on shapes or dtypes that do not fit and, for CPU tensors, on offsets that are out of
+            range or give a segment fewer than ``num_memory`` rows.
     """
-    _check(hidden, offsets, num_memory, norm_weight)
-    if offsets.is_cpu and not torch.compiler.is_compiling():
-        _check_offsets(offsets, num_memory, hidden.shape[0])
+    _check(hidden, offsets, num_memory, norm_weight, norm_eps)
     if norm_weight is not None:
         norm_weight = norm_weight.to(hidden.dtype)
+    _library.refuse_transforms("pool_memory", hidden, norm_weight)
     run = _forward if _library.is_plain_inference(hidden) else _op
     # The operator's third output, the difference of the means, is what its backward pass needs of them.
     return run(hidden, offsets, num_memory, norm_weight, norm_eps)[:2]

@@ -220,7 +220,7 @@ def _check(
     taken_logit: float,
     valid: Tensor | None,
 ) -> None:
-    if query.dim() != 2 or not query.is_floating_point():
+    if query.dim() != 2 or query.dtype not in _library.FLOAT_DTYPES:
         raise ValueError(f"query must be floating point [B, R], got {query.dtype} {list(query.shape)}")
     b, n, r = keys.shape if keys.dim() == 3 else (-1, -1, -1)
     if query.shape != (b, r):
@@ -229,21 +229,18 @@ def _check(
         )
     if memory.dim() != 4 or memory.shape[:2] != (b, n):
         raise ValueError(f"memory must have shape [B, N, m, D] with [B, N] = {[b, n]}, got {list(memory.shape)}")
-    dtype, device = query.dtype, query.device
+    dtype = query.dtype
     if keys.dtype is not dtype or memory.dtype is not dtype:
         raise ValueError(f"keys and memory must have the dtype of query ({dtype}), got {keys.dtype}, {memory.dtype}")
-    if keys.device != device or memory.device != device:
-        raise ValueError(
-            f"keys and memory must be on the device of query ({device}), are on {keys.device}, {memory.device}"
-        )
+    if valid is not None:
+        _library.check_tensors("query valid", query, valid)
     if valid is not None and (valid.shape != keys.shape[:2] or valid.dtype != torch.bool):
         raise ValueError(f"valid must be bool [B, N] = {list(keys.shape[:2])}, got {valid.dtype} {list(valid.shape)}")
-    if valid is not None and valid.device != query.device:
-        raise ValueError(f"valid must be on the device of query ({query.device}), is on {valid.device}")
+    _library.check_integer("k", k)
     if k < 0:
         raise ValueError(f"k ({k}) must not be negative")
-    if not temperature > 0:
-        raise ValueError(f"temperature ({temperature}) must be positive")
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"temperature ({temperature}) must be positive and finite")
     if not taken_logit <= 0:
         raise ValueError(f"taken_logit ({taken_logit}) must not be positive")
 
@@ -267,7 +264,7 @@ def select_memory(
     Args:
         query: ``[B, R]``.
         keys: ``[B, N, R]``; may share storage with ``memory`` when R = m * D.
-        memory: ``[B, N, m, D]``, in the dtype of ``query``.
+        memory: ``[B, N, m, D]``, in the dtype of ``query`` (under autocast, all three meet in the widest).
         k: how many to select; it may exceed the number of candidates.
         temperature: divides the cosines.
         valid: bool ``[B, N]``, False for padding.
@@ -281,8 +278,14 @@ def select_memory(
         candidate is 0.
 
     Raises:
-        ValueError: on shapes, dtypes or values that do not fit.
+        TypeError, ValueError: on shapes, dtypes or values that do not fit.
     """
+    _library.check_tensors("query keys memory", query, keys, memory)
+    device = query.device.type
+    if device != "meta" and torch.is_autocast_enabled(device):
+        dtype = torch.promote_types(torch.promote_types(query.dtype, keys.dtype), memory.dtype)
+        query, keys, memory = query.to(dtype), keys.to(dtype), memory.to(dtype)
     _check(query, keys, memory, k, temperature, taken_logit, valid)
+    _library.refuse_transforms("select_memory", query, keys, memory)
     run = _forward if _library.is_plain_inference(query) else _op
     return run(query, keys, memory, k, temperature, taken_logit, valid)

@@ -374,7 +374,7 @@ __device__ __forceinline__ void offer_scores(const Sums<kType, kQueries>& sums, 
           const float score = sums.dots[row / 2][n][row % 2 * 2 + odd];
           const int64_t key = warp_key + 8 * row + g;
           if (score < floor || key >= num_keys || (done >> bit & 1)) continue;
-          if (kept.best.offer(query, pack(score, static_cast<uint32_t>(key)))) {
+          if (kept.best.offer(query, pack(unknown(score), static_cast<uint32_t>(key)))) {
             done |= uint64_t{1} << bit;
           } else {
             waiting = true;

@@ -1,6 +1,6 @@
 """Builds the CUDA library without a GPU, and reads off what its kernels take of one.
 
-``python tests/cuda_library.py`` prints the table that ``cuda_resources.json`` records, which takes minutes.
+``python tests/cuda_build/cuda_library.py`` prints the table that ``cuda_resources.json`` records, which takes minutes.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 TABLE = Path(__file__).with_name("cuda_resources.json")
 ARCHITECTURES = ("80-real", "90a-real", "100a-real", "120-real")
 _KEY_TYPES = ("float32", "bfloat16", "float16", "int8", "float8")

@@ -59,7 +59,7 @@ def assert_resources(architecture, library):
             assert numbers["registers"] * SEARCH_THREADS * RESIDENT[tile[1]] <= 65536
         if version == TABLE["nvcc"]:
             assert numbers == TABLE[name][architecture], (
-                "if that is meant: python tests/cuda_library.py > tests/cuda_resources.json"
+                "if that is meant: python tests/cuda_build/cuda_library.py > tests/cuda_build/cuda_resources.json"
             )
 
 

@@ -35,12 +35,12 @@ test-slow: install  ## the slow ones too
 lint: install  ## formatting, types, spelling
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 	$(BIN)/mypy
-	find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' | xargs $(BIN)/clang-format --dry-run --Werror
+	find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' | xargs $(BIN)/clang-format --dry-run --Werror
 	$(BIN)/codespell
 
 format: install  ## put everything into shape
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
-	find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' | xargs $(BIN)/clang-format -i
+	find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' | xargs $(BIN)/clang-format -i
 
 bench: install  ## measure the model against the straightforward baseline, and the ops against their peers
 	$(BIN)/python benchmarks/model.py

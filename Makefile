@@ -55,12 +55,12 @@ wheel: | $(VENV)/torch  ## a wheel in wheelhouse/, for CUDA=cpu, 130, 128 or 126
 lint: install  ## formatting, types, spelling
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 	$(BIN)/mypy
-	find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' | xargs $(BIN)/clang-format --dry-run --Werror
+	find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' | xargs $(BIN)/clang-format --dry-run --Werror
 	$(BIN)/codespell
 
 format: install  ## put everything into shape
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
-	find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' | xargs $(BIN)/clang-format -i
+	find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' | xargs $(BIN)/clang-format -i
 
 bench: install  ## measure the model against the straightforward baseline, and the ops against their peers
 	$(BIN)/python -c 'import faiss, matplotlib' 2>/dev/null || $(BIN)/pip install --quiet faiss-cpu matplotlib

@@ -25,6 +25,13 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
+// The same value, which the compiler does not know: what it serves for is not computed ahead and held in
+// registers.
+__device__ __forceinline__ float unknown(float value) {
+  asm volatile("" : "+f"(value));
+  return value;
+}
+
 // Copies `bytes` (0 to 16) to shared memory without waiting, past the L1 cache, and fills the rest of the 16
 // with zeros. Both ends must be aligned to 16.
 __device__ __forceinline__ void copy_async_16(void* to, const void* from, int bytes) {

@@ -66,7 +66,7 @@ inline Plan make_plan(const Device& device, Type query_type, Type key_type, int6
   const auto staged_of = [&](int tile) {
     const int64_t stage = static_cast<int64_t>(tile_columns(key_type)) *
                           (kKeysPerTile * element_bytes(key_type) + plan.num_terms * tile * 2);
-    return num_stages(tile) * stage + tile * 20 + kSearchWarps * kHistogramBins * 4;
+    return num_stages(tile) * stage + kept_bytes(tile);
   };
   int tile = num_queries <= 8 ? 8 : num_queries <= 32 ? 32 : 64;
   if (tile == 64 && blocks_of(staged_of(tile)) == 0) tile = 32;

@@ -9,39 +9,14 @@
 
 #include <algorithm>
 
+#include "copy_tiles.cuh"
 #include "device.cuh"
+#include "key_score.cuh"
 #include "key_tile.cuh"
 #include "search.h"
 #include "topk.cuh"
 
 namespace clara_fast::cuda {
-
-// Float32 sums of squares in this range lost nothing to overflow or underflow.
-constexpr float kSmallestSquare = 1e-30f;
-constexpr float kLargestSquare = 1e30f;
-
-template <Type kType, int kQueries>
-struct SearchLayout {
-  static constexpr int kStages = num_stages(kQueries);
-  static constexpr int kKeyBytes = kKeysPerTile * KeyTile<kType>::kRowBytes;
-  static constexpr int kTermBytes = kQueries * KeyTile<kType>::kColumns * 2;
-  static constexpr int kFixedBytes =
-      kQueries * (8 + 4 + 4 + 4) + kSearchWarps * kHistogramBins * 4;  // thresholds, floors, inverses, counts
-};
-
-// What a block works on.
-struct Part {
-  int64_t first_query;
-  int64_t first_tile, end_tile;  // of the keys
-  int64_t block;
-};
-
-__device__ __forceinline__ Part part_of_block(int64_t num_keys, int queries_per_tile) {
-  const int64_t tiles = (num_keys + kKeysPerTile - 1) / kKeysPerTile;
-  const int64_t part = blockIdx.y, parts = gridDim.y;
-  return {static_cast<int64_t>(blockIdx.x) * queries_per_tile, tiles * part / parts,
-          tiles * (part + 1) / parts, part * gridDim.x + blockIdx.x};
-}
 
 // The part of the shared memory that stays.
 template <int kQueries>
@@ -81,86 +56,6 @@ struct Kept {
       if (threadIdx.x % kWarp == 0) {
         const float least = score_of(best.thresholds[q]);
         floors[q] = least == least ? least : -INFINITY;
-      }
-    }
-  }
-};
-
-// Copies of one step: kColumns columns of a tile of keys and of all the terms of the queries.
-template <Type kType, int kQueries>
-struct Loader {
-  using Keys = KeyTile<kType>;
-  using Layout = SearchLayout<kType, kQueries>;
-  static constexpr int kKeyChunks = Keys::kRowBytes / 16;      // per row
-  static constexpr int kTermChunks = Keys::kColumns * 2 / 16;  // per row
-
-  const SearchParams& params;
-  const Part& part;
-  int64_t tile, column;
-
-  __device__ __forceinline__ void copy_next(unsigned char* stage) {
-    if (tile >= part.end_tile) return;
-    copy_keys(stage);
-    copy_terms(stage + Layout::kKeyBytes);
-    column += Keys::kColumns;
-    if (column >= params.queries.columns) {
-      column = 0;
-      ++tile;
-    }
-  }
-
- private:
-  __device__ __forceinline__ void copy_keys(unsigned char* to) const {
-    constexpr int kRowsAtOnce = kSearchThreads / kKeyChunks;
-    const int chunk = threadIdx.x % kKeyChunks;
-    const int64_t row_bytes = params.queries.columns * element_bytes(kType);
-    const int64_t offset = column * element_bytes(kType) + chunk * 16;
-    const int64_t left = row_bytes - offset;
-    const int wanted = left >= 16 ? 16 : left > 0 ? static_cast<int>(left) : 0;
-#pragma unroll
-    for (int i = 0; i < kKeysPerTile / kRowsAtOnce; ++i) {
-      const int row = threadIdx.x / kKeyChunks + i * kRowsAtOnce;
-      const int64_t key = tile * kKeysPerTile + row;
-      const int bytes = key < params.num_keys ? wanted : 0;
-      const unsigned char* from = static_cast<const unsigned char*>(params.keys);
-      if (bytes > 0) from += key * row_bytes + offset;
-      copy_chunk(to + chunk_offset<Keys::kRowBytes>(row, chunk), from, bytes);
-    }
-  }
-
-  __device__ __forceinline__ void copy_chunk(unsigned char* to, const unsigned char* from, int bytes) const {
-    if (params.copy_bytes == 16) {
-      copy_async_16(to, from, bytes);
-    } else if (params.copy_bytes == 4) {
-#pragma unroll
-      for (int i = 0; i < 16; i += 4) {
-        const int some = bytes - i >= 4 ? 4 : bytes - i > 0 ? bytes - i : 0;
-        copy_async_4(to + i, some > 0 ? from + i : from, some);
-      }
-    } else if constexpr (element_bytes(kType) < 4) {
-      // Rows of odd size: one element at a time, and not asynchronously.
-      using Element = std::conditional_t<element_bytes(kType) == 1, uint8_t, uint16_t>;
-      for (int i = 0; i < 16; i += static_cast<int>(sizeof(Element))) {
-        *reinterpret_cast<Element*>(to + i) = i < bytes ? *reinterpret_cast<const Element*>(from + i) : 0;
-      }
-    }
-  }
-
-  __device__ __forceinline__ void copy_terms(unsigned char* to) const {
-    constexpr int kRowsAtOnce = kSearchThreads / kTermChunks;
-    const PrepareParams& queries = params.queries;
-    const int chunk = threadIdx.x % kTermChunks;
-    for (int term = 0; term < queries.num_terms; ++term) {
-      const uint16_t* const from =
-          queries.terms + (term * queries.padded_queries + part.first_query) * queries.padded_columns +
-          column;
-#pragma unroll
-      for (int i = 0; i < (kQueries + kRowsAtOnce - 1) / kRowsAtOnce; ++i) {
-        const int row = threadIdx.x / kTermChunks + i * kRowsAtOnce;
-        if (kQueries % kRowsAtOnce == 0 || row < kQueries) {
-          copy_async_16(to + term * Layout::kTermBytes + chunk_offset<Keys::kColumns * 2>(row, chunk),
-                        from + row * queries.padded_columns + chunk * 8, 16);
-        }
       }
     }
   }
@@ -252,55 +147,6 @@ struct Sums {
   }
 };
 
-// 1 / length of a key, with the sign of its scale: 0 for a zero key, NaN for a bad one. `extreme` where its
-// length is not to be had from a float32 sum of squares.
-__device__ __forceinline__ float key_factor(float square, float scale, bool wide_range, bool& extreme) {
-  extreme = false;
-  if (square != square || !(fabsf(scale) < INFINITY)) return __uint_as_float(0x7fc00000u);
-  if (scale == 0.0f) return 0.0f;
-  if (square >= kSmallestSquare && square <= kLargestSquare) return copysignf(1.0f / sqrtf(square), scale);
-  extreme = wide_range;
-  return square == 0.0f ? 0.0f : __uint_as_float(0x7fc00000u);
-}
-
-__device__ __forceinline__ double sum_of_warp(double value) {
-  for (int other = kWarp / 2; other > 0; other /= 2) value += __shfl_xor_sync(kAllLanes, value, other);
-  return value;
-}
-
-// A warp computes the scores of one key of extreme length in float64. Rare, so not fast.
-__device__ __forceinline__ void score_extreme_key(const SearchParams& params, Type key_type, int64_t key,
-                                                  float scale, int64_t first_query, int num_queries,
-                                                  float* scores) {
-  const int lane = threadIdx.x % kWarp;
-  const int64_t columns = params.queries.columns;
-  double key_square = 0.0;
-  for (int64_t i = lane; i < columns; i += kWarp) {
-    const double x = load_float(params.keys, key_type, key * columns + i);
-    key_square += x * x;
-  }
-  key_square = sum_of_warp(key_square);
-#pragma unroll 1
-  for (int q = 0; q < num_queries; ++q) {
-    const int64_t query = first_query + q;
-    float score = 0.0f;
-    if (query < params.queries.num_queries && key_square != 0.0) {
-      double dot = 0.0, square = 0.0;
-      for (int64_t i = lane; i < columns; i += kWarp) {
-        const double x = load_float(params.keys, key_type, key * columns + i);
-        const double y = load_float(params.queries.queries, params.queries.query_type, query * columns + i);
-        dot += x * y;
-        square += y * y;
-      }
-      dot = sum_of_warp(dot);
-      square = sum_of_warp(square);
-      if (square != 0.0)
-        score = static_cast<float>(copysign(1.0, scale) * dot / (sqrt(key_square) * sqrt(square)));
-    }
-    if (lane == 0) scores[q] = score;
-  }
-}
-
 // Turns a warp's dot products into scores, in place.
 template <Type kType, int kQueries>
 __device__ __forceinline__ void finish_scores(Sums<kType, kQueries>& sums, const SearchParams& params,
@@ -374,7 +220,7 @@ __device__ __forceinline__ void offer_scores(const Sums<kType, kQueries>& sums, 
           const float score = sums.dots[row / 2][n][row % 2 * 2 + odd];
           const int64_t key = warp_key + 8 * row + g;
           if (score < floor || key >= num_keys || (done >> bit & 1)) continue;
-          if (kept.best.offer(query, pack(score, static_cast<uint32_t>(key)))) {
+          if (kept.best.offer(query, pack(unknown(score), static_cast<uint32_t>(key)))) {
             done |= uint64_t{1} << bit;
           } else {
             waiting = true;

@@ -31,6 +31,11 @@ constexpr int kColumnGroup = 64;
 constexpr int resident_blocks(int queries_per_tile) { return queries_per_tile > 8 ? 2 : 4; }
 constexpr int num_stages(int queries_per_tile) { return queries_per_tile > 8 ? 3 : 4; }
 
+// Bytes of shared memory that stay beside the stages: thresholds, floors, inverses, counts; histograms.
+constexpr int kept_bytes(int queries_per_tile) {
+  return queries_per_tile * (8 + 4 + 4 + 4) + kSearchWarps * kHistogramBins * 4;
+}
+
 struct PrepareParams {
   const void* queries;  // [num_queries, columns]
   Type query_type, key_type;

@@ -108,7 +108,7 @@ struct Best {
     if (candidate <= thresholds[query]) return true;
     const int slot = atomicAdd(&counts[query], 1);
     if (slot >= capacity) return false;
-    candidates[static_cast<int64_t>(query) * capacity + slot] = candidate;
+    candidates[query * capacity + slot] = candidate;
     return true;
   }
 

@@ -182,3 +182,71 @@ def test_missing_kernels_are_said_once_and_replaced(monkeypatch):
         warnings.simplefilter("error")
         torch.testing.assert_close(ops.cosine_topk(queries, keys, 3)[0], scores)
         ops.select_memory(queries, keys.expand(2, 5, 4), torch.randn(2, 5, 1, 4), 2)
+
+
+class OnGpu:
+    """Stands for a tensor on a GPU, where only its facts are asked."""
+
+    def __init__(self, *shape, dtype=torch.float32):
+        self.is_cuda, self.is_cpu, self.dtype, self.shape = True, False, dtype, shape
+        self.device = torch.device("cuda", 3)
+
+    def numel(self):
+        return math.prod(self.shape)
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A CUDA library with an image for GPU 3 or not, as ``gpu["image"]`` says."""
+    state = {"image": True, "asked": 0}
+
+    def has_image(_):
+        state["asked"] += 1
+        return state["image"]
+
+    kernels = {"cuda_has_image": has_image, "cosine_topk": lambda *_: None}
+    monkeypatch.setattr(_library, "native_cuda", kernels)
+    monkeypatch.setattr(_library, "_images", {})
+    monkeypatch.setattr(_library, "_missing_warned", set())
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (10, index))
+    return state
+
+
+@pytest.mark.parametrize(
+    ("keys", "k", "native"),
+    [
+        (OnGpu(50, 8), 5, True),
+        (OnGpu(50, 8, dtype=torch.int8), 5, True),
+        (OnGpu(5000, 8, dtype=torch.bfloat16), 1024, True),
+        (OnGpu(5000, 8), 1025, False),
+        (OnGpu(2**32, 8), 5, False),
+        (OnGpu(50, 8), 0, False),
+        (OnGpu(50, 8, dtype=torch.float64), 5, False),
+    ],
+)
+def test_cuda_kernel_is_called_for_what_it_takes(gpu, keys, k, native):
+    kernel = ops.cosine_topk.__globals__["_kernel"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert (kernel(OnGpu(2, 8), keys, k) is _library.native_cuda["cosine_topk"]) == native
+        assert kernel(OnGpu(2, 8, dtype=torch.float64), keys, k) is None
+        assert kernel(OnGpu(0, 8), keys, k) is None
+
+
+def test_a_gpu_without_an_image_is_said_once(gpu):
+    gpu["image"] = False
+    with pytest.warns(UserWarning, match=r"holds no code for GPU 3 \(sm_103\): its operators run in PyTorch there"):
+        assert _library.cuda_kernel("cosine_topk", OnGpu(2, 4)) is None
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert _library.cuda_kernel("cosine_topk", OnGpu(2, 4)) is None
+    assert gpu["asked"] == 1
+
+
+def test_a_missing_cuda_library_is_said_once(gpu, monkeypatch):
+    monkeypatch.setattr(_library, "native_cuda", {})
+    with pytest.warns(UserWarning, match="native CUDA library has no kernel cosine_topk"):
+        assert _library.cuda_kernel("cosine_topk", OnGpu(2, 4)) is None
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert _library.cuda_kernel("cosine_topk", OnGpu(2, 4)) is None

@@ -311,6 +311,107 @@ def test_cosine_topk_reads_every_float8_value():
         torch.testing.assert_close(scores.nan_to_num(), exact.nan_to_num().float(), rtol=0, atol=4e-7)
 
 
+@st.composite
+def banks(draw):
+    """Queries and keys with duplicates, zeros, NaN, infinities and lengths that float32 squares cannot hold."""
+    batch, count, columns = draw(st.integers(1, 40)), draw(st.integers(1, 120)), draw(st.integers(1, 150))
+    dtype, query_dtype = draw(st.sampled_from(KEY_TYPES)), draw(st.sampled_from(FLOATS))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    keys, scales = random_keys(count, columns, dtype, draw(st.integers(0, 99)))
+    queries = torch.randn(batch, columns, generator=generator).to(query_dtype)
+    for _ in range(draw(st.integers(0, 6))):
+        row, kind = (
+            draw(st.integers(0, count - 1)),
+            draw(st.sampled_from(["copy", "zero", "nan", "inf", "tiny", "huge"])),
+        )
+        if kind == "copy":
+            source = draw(st.integers(0, count - 1))
+            keys[row] = keys[source]
+            if scales is not None:
+                scales[row] = scales[source]
+        elif kind == "zero":
+            keys[row] = 0
+        elif kind == "nan" and dtype != torch.int8:
+            keys[row, 0] = math.nan
+        elif kind == "inf" and dtype.is_floating_point and dtype != torch.float8_e4m3fn:
+            keys[row, -1] = math.inf
+        elif kind in ("tiny", "huge") and dtype in (torch.float32, torch.bfloat16):
+            keys[row] *= 1e-36 if kind == "tiny" else 1e30
+    if draw(st.booleans()):
+        queries[draw(st.integers(0, batch - 1))] = 0
+    return queries, keys, scales, draw(st.integers(1, count))
+
+
+@needs_kernels
+@given(banks())
+@settings(deadline=None, max_examples=150)
+def test_cosine_topk_orders_any_bank(bank):
+    queries, keys, scales, k = bank
+    scores, indices = kernels.cosine_topk(queries, keys, k, scales)
+    again = kernels.cosine_topk(queries, keys, k, scales)
+    assert torch.equal(indices, again[1])
+    assert torch.equal(scores.nan_to_num(9), again[0].nan_to_num(9))
+    exact = exact_cosine(queries, keys, scales)
+    exact = torch.where(exact.isfinite(), exact, math.nan)
+    assert torch.equal(scores.isnan(), exact.gather(1, indices).isnan())
+    best = exact.nan_to_num(-2).sort(1, descending=True).values[:, :k]
+    assert (scores.nan_to_num(-2).double() - best).abs().max() < 1e-6
+    assert (exact.gather(1, indices).nan_to_num(-2) - best).abs().max() < 1e-6
+    # Descending, and equal scores in the order of their indices.
+    ranked = scores.nan_to_num(-2)
+    assert (ranked[:, :-1] >= ranked[:, 1:]).all()
+    assert ((ranked[:, :-1] > ranked[:, 1:]) | (indices[:, :-1] < indices[:, 1:])).all()
+
+
+@needs_kernels
+@pytest.mark.parametrize("query_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("batch", [1, 20])
+def test_cosine_topk_needs_no_subnormal_numbers(batch, query_dtype):
+    # One large number among many whose squares, or which themselves, are subnormal in float32.
+    queries = torch.randn(batch, 3000).to(query_dtype)
+    keys = torch.randn(10, 3000) * torch.logspace(-41, -17, 10).unsqueeze(1)
+    keys[:, 7] = torch.logspace(-40, -10, 10)
+    keys = keys.to(torch.bfloat16)
+    scores, indices = kernels.cosine_topk(queries, keys, 10, None)
+    exact = exact_cosine(queries, keys).gather(1, indices)
+    assert_error_within(scores, exact, exact, rounding=4 * ROUNDING)
+
+
+@needs_kernels
+@pytest.mark.parametrize("query_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("batch", [1, 9])
+def test_cosine_topk_adds_up_wide_int8_keys(batch, query_dtype):
+    # Sums of the largest products do not fit into 32 bits.
+    queries = torch.ones(batch, 140_001)
+    queries[:, ::3] += torch.rand(batch, 46_667)
+    queries = queries.to(query_dtype)
+    keys = torch.full((3, 140_001), 127, dtype=torch.int8)
+    keys[1] = -128
+    keys[2, ::2] = -128
+    scores, indices = kernels.cosine_topk(queries, keys, 3, torch.ones(3))
+    exact = exact_cosine(queries, keys, torch.ones(3)).gather(1, indices)
+    assert_error_within(scores, exact, exact, rounding=8 * ROUNDING)
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8])
+@pytest.mark.parametrize(("batch", "k"), [(1, 1024), (300, 700), (2, 5000)])
+def test_cosine_topk_keeps_many(batch, k, dtype):
+    keys, scales = random_keys(5000, 32, dtype)
+    keys[2500:] = keys[:2500]  # every score twice
+    if scales is not None:
+        scales[2500:] = scales[:2500]
+    queries = torch.randn(batch, 32)
+    scores, indices = kernels.cosine_topk(queries, keys, k, scales)
+    all_scores, all_indices = kernels.cosine_topk(queries, keys, 5000, scales)
+    assert torch.equal(scores, all_scores[:, :k])
+    assert torch.equal(indices, all_indices[:, :k])
+    assert torch.equal(all_scores[:, 0::2], all_scores[:, 1::2])
+    assert torch.equal(all_indices.sort(1).values, torch.arange(5000).expand(batch, -1))
+    higher, later = all_scores[:, :-1] > all_scores[:, 1:], all_indices[:, :-1] < all_indices[:, 1:]
+    assert (higher | later & (all_scores[:, :-1] == all_scores[:, 1:])).all()
+
+
 @needs_kernels
 def test_cosine_topk_names_a_bad_k():
     with pytest.raises(RuntimeError, match=r"k \(4\) must be .* at most the number of keys \(3\)"):
@@ -427,14 +528,39 @@ def test_select_memory_backward_names_a_bad_index():
         )
 
 
+INSTRUCTION_SETS = {
+    "generic": (),
+    "avx2": ("avx2", "fma", "f16c"),
+    "avx512": ("avx512f",),
+    "avx512_bf16": ("avx512_bf16", "avx512_vnni", "avx512vbmi"),
+    "amx": ("amx_bf16", "amx_int8"),
+    "amx_emulated": ("avx512_bf16", "avx512_vnni", "avx512vbmi"),
+}
+
+
+def run_under(isa, *command):
+    environment = os.environ | {"CLARA_FAST_CPU_ISA": isa}
+    return subprocess.run(
+        [sys.executable, *command], env=environment, capture_output=True, text=True, timeout=600, check=False
+    )
+
+
 @needs_kernels
 @pytest.mark.slow
-@pytest.mark.parametrize("isa", ["generic", "avx2"])
-def test_lesser_instruction_sets_pass_the_same_tests(isa):
+@pytest.mark.parametrize("isa", INSTRUCTION_SETS)
+def test_every_instruction_set_passes_the_same_tests(isa):
     if "CLARA_FAST_CPU_ISA" in os.environ:
         pytest.skip("already under a chosen instruction set")
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
-    result = subprocess.run(
-        command, env=os.environ | {"CLARA_FAST_CPU_ISA": isa}, capture_output=True, text=True, timeout=600
-    )
+    if not all(_native.cpu_features()[feature] for feature in INSTRUCTION_SETS[isa]):
+        pytest.skip(f"this processor lacks {isa}")
+    result = run_under(isa, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__)
     assert result.returncode == 0, result.stdout[-3000:]
+
+
+@needs_kernels
+@pytest.mark.slow
+def test_an_unknown_instruction_set_is_named():
+    search = "import torch; from clara_fast import ops; ops.cosine_topk(torch.ones(1, 2), torch.ones(3, 2), 1)"
+    result = run_under("avx9", "-c", search)
+    assert result.returncode != 0
+    assert "CLARA_FAST_CPU_ISA (avx9) must be generic, avx2, avx512, avx512_bf16, amx or" in result.stderr

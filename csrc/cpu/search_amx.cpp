@@ -83,28 +83,35 @@ struct EmulatedAmx {
     memcpy(&value, &wide, sizeof(value));
     return value;
   }
-  // tiles[kC][m][n] += the products of group g of row m of A with lane n of group g of B.
-  template <int kC, int kA, int kB, class Sum, class Group>
-  void multiply(Group group) {
+  // tiles[kC][m][n] += the products of every group of row m of A with lane n of that group of B.
+  template <int kC, int kA, int kB, class Sum, class Dot>
+  void multiply(Dot dot) {
     for (int m = 0; m < kTile; ++m) {
       for (int n = 0; n < kTileGroups; ++n) {
-        Sum sum = read<Sum>(tiles[kC][m], n);
-        for (int g = 0; g < kTileGroups; ++g) sum = group(sum, tiles[kA][m] + 4 * g, tiles[kB][g] + 4 * n);
+        const Sum sum = read<Sum>(tiles[kC][m], n) + dot(tiles[kA][m], n);
         memcpy(tiles[kC][m] + 4 * n, &sum, sizeof(sum));
       }
     }
   }
   template <int kC, int kA, int kB>
   void multiply_pairs() {
-    multiply<kC, kA, kB, float>([](float sum, const uint8_t* a, const uint8_t* b) {
-      for (int i = 0; i < 2; ++i) sum += widen(read<uint16_t>(a, i)) * widen(read<uint16_t>(b, i));
-      return sum;
+    multiply<kC, kA, kB, float>([this](const uint8_t* a, int n) {
+      float sums[2] = {};  // of the even and of the odd columns, as the instruction adds them
+      for (int g = 0; g < kTileGroups; ++g) {
+        for (int i = 0; i < 2; ++i) {
+          sums[i] += widen(read<uint16_t>(a, 2 * g + i)) * widen(read<uint16_t>(tiles[kB][g], 2 * n + i));
+        }
+      }
+      return sums[0] + sums[1];
     });
   }
   template <int kC, int kA, int kB>
   void multiply_digits() {
-    multiply<kC, kA, kB, int32_t>([](int32_t sum, const uint8_t* a, const uint8_t* b) {
-      for (int i = 0; i < 4; ++i) sum += static_cast<int8_t>(a[i]) * b[i];
+    multiply<kC, kA, kB, int32_t>([this](const uint8_t* a, int n) {
+      int32_t sum = 0;
+      for (int g = 0; g < kTileGroups; ++g) {
+        for (int i = 0; i < 4; ++i) sum += static_cast<int8_t>(a[4 * g + i]) * tiles[kB][g][4 * n + i];
+      }
       return sum;
     });
   }

@@ -62,8 +62,8 @@ inline __m512i load_bytes(const char* p, Whole) { return _mm512_loadu_si512(p); 
 inline __m512i load_bytes(const char* p, Rest rest) {
   return _mm512_maskz_loadu_epi8((uint64_t{1} << rest.count) - 1, p);
 }
-// sum + four products each of unsigned and signed bytes. Written out because gcc 12 copies every sum around its own
-// intrinsic, twice.
+// sum + four products each of unsigned and signed bytes. Written out because gcc 12 copies every sum around
+// its own intrinsic, twice.
 inline __m512i multiply_bytes(__m512i sum, __m512i with_unsigned, __m512i with_signed) {
   asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(with_unsigned), "v"(with_signed));
   return sum;

@@ -10,7 +10,7 @@ namespace clara_fast::cpu {
 namespace {
 
 constexpr int64_t kGroupKeys = 4;       // keys whose sums are gathered at once
-constexpr int64_t kAhead = 8192;       // bytes that a prefetch into the L2 cache runs ahead
+constexpr int64_t kAhead = 8192;        // bytes that a prefetch into the L2 cache runs ahead
 constexpr int64_t kStepsPerTotal = 64;  // short float32 sums
 
 // One to two keys, one after the other or side by side, `kUnroll` steps at a time.

@@ -87,6 +87,7 @@ def available(python: Path) -> list[str]:
         "avx2": {"avx2", "fma", "f16c"},
         "avx512": {"avx512f"},
         "avx512_bf16": {"avx512_bf16"},
+        "amx_emulated": {"avx512_bf16", "avx512_vnni", "avx512vbmi"},
         "amx": {"amx_bf16", "amx_int8"},
     }
     return ["generic", *(isa for isa, needed in needs.items() if needed <= features)]

@@ -35,7 +35,7 @@ def main() -> None:
     for tool in TOOLS:
         command = [program, "--tool", tool, "--error-exitcode", "1", "--kernel-name-exclude", NOT_OURS]
         command += ["--target-processes", "application-only"]
-        command += [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_on_gpu.py"]
+        command += [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/gpu"]
         if code := subprocess.run(command, cwd=HOUSE, env=environment).returncode:
             sys.exit(f"{tool}: stopped with {code}")
         print(f"{tool}: clean", flush=True)

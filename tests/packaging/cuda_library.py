@@ -1,6 +1,6 @@
 """Builds the CUDA library without a GPU, and reads off what its kernels take of one.
 
-``python tests/cuda_build/cuda_library.py`` prints the table that ``cuda_resources.json`` records, which takes minutes.
+``python -m tests.packaging.cuda_library`` prints the table that ``cuda_resources.json`` records, which takes minutes.
 """
 
 from __future__ import annotations

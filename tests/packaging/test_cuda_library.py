@@ -5,10 +5,10 @@ import re
 import subprocess
 import sys
 
-import cuda_library
 import pytest
 
 from clara_fast.ops import _library
+from tests.packaging import cuda_library
 
 TABLE = json.loads(cuda_library.TABLE.read_text())
 reason = cuda_library.missing()
@@ -20,8 +20,9 @@ RESIDENT = {"8": 4, "32": 2, "64": 2}
 
 
 @pytest.fixture(scope="module")
-def library():
-    return cuda_library.build("90a-real")
+def library(cuda_wheel):
+    """For sm_90a, out of the wheel: compiled once for all tests."""
+    return next(path for path in cuda_wheel.binaries() if path.name == "clara_fast_cuda.so")
 
 
 def test_registers_every_operator(library):
@@ -59,7 +60,7 @@ def assert_resources(architecture, library):
             assert numbers["registers"] * SEARCH_THREADS * RESIDENT[tile[1]] <= 65536
         if version == TABLE["nvcc"]:
             assert numbers == TABLE[name][architecture], (
-                "if that is meant: python tests/cuda_build/cuda_library.py > tests/cuda_build/cuda_resources.json"
+                "if that is meant: python -m tests.packaging.cuda_library > tests/packaging/cuda_resources.json"
             )
 
 

@@ -100,7 +100,8 @@ def test_pack_sequences_names_the_bad_argument(lengths, max_tokens, message):
 
 @needs_kernels
 def test_every_schema_has_a_cpu_kernel():
-    assert _library.native.keys() == _library.NATIVE_SCHEMAS.keys()
+    for_gpus = {"cosine_topk_out", "cosine_topk_workspace", "cuda_has_image"}
+    assert _library.native.keys() == _library.NATIVE_SCHEMAS.keys() - for_gpus
 
 
 def packed(lengths, columns, dtype, seed=0):

@@ -375,15 +375,17 @@ def test_offsets_past_int32():
 
 
 @pytest.mark.parametrize(
-    ("layout", "message"),
+    ("values", "message"),
     [
-        (ContextLayout.from_lists([0], [3], [0], [4], [[]]), r"kv_start \+ kv_len \(4\) of segment 0 .* rows \(3\)"),
-        (ContextLayout.from_lists([1], [3], [0], [3], [[]]), r"q_start \+ q_len \(4\) of segment 0 .* rows \(3\)"),
-        (ContextLayout.from_lists([0], [-1], [0], [3], [[]]), r"q_len \(-1\) of segment 0 must not be negative"),
-        (ContextLayout.from_lists([0], [3], [0], [3], [[1]]), r"contexts \(1\) of segment 0 must be -1 or .* below 1"),
+        ([[0], [3], [0], [4], [[]]], r"kv_start \+ kv_len \(4\) of segment 0 .* rows \(3\)"),
+        ([[1], [3], [0], [3], [[]]], r"q_start \+ q_len \(4\) of segment 0 .* rows \(3\)"),
+        ([[0], [-1], [0], [3], [[]]], r"q_len \(-1\) of segment 0 must not be negative"),
+        ([[0], [3], [0], [3], [[1]]], r"contexts \(1\) of segment 0 must be -1 or .* below 1"),
     ],
 )
-def test_native_kernels_read_nothing_outside(layout, message):
+def test_native_kernels_read_nothing_outside(values, message):
+    *lists, contexts = (torch.tensor(value, dtype=torch.int32) for value in values)
+    layout = ContextLayout(*lists, contexts.reshape(1, -1))
     if not _library.native:
         pytest.skip("no native kernels")
     for requires_grad in (False, True):

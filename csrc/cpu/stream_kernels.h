@@ -9,56 +9,57 @@
 namespace clara_fast::cpu {
 namespace {
 
-constexpr int64_t kGroupKeys = 4;       // keys whose sums are gathered at once
-constexpr int64_t kAhead = 8192;        // bytes that a prefetch into the L2 cache runs ahead
-constexpr int64_t kStepsPerTotal = 64;  // short float32 sums
+constexpr int64_t kGroupKeys = 4;  // keys whose sums are gathered at once
+constexpr int64_t kAhead = 8192;   // bytes that a prefetch into the L2 cache runs ahead
+
+// Short float32 sums, and rows that stay in the L1 cache for the keys of a group.
+template <class P, int kRows>
+constexpr int64_t columns_at_a_time = (kRows > 2 ? 32 : 64) * P::kStep;
 
 // One to two keys, one after the other or side by side, `kUnroll` steps at a time.
 template <class P, int kRows, int kKeys, int kUnroll>
-inline void stream_keys(const char* keys, int64_t stride, int64_t n, const char* const* rows,
+inline void stream_keys(const char* keys, int64_t stride, int64_t begin, int64_t n, const char* const* rows,
                         typename P::Vector (*totals)[kGroupKeys], int64_t at) {
   using Vector = typename P::Vector;
   constexpr int64_t kSize = sizeof(typename P::Element);
   constexpr int kNorms = P::kNorms;
-  for (int64_t begin = 0; begin < n; begin += kStepsPerTotal * P::kStep) {
-    const int64_t left = n - begin;
-    const int64_t end = begin + (left < kStepsPerTotal * P::kStep ? left : kStepsPerTotal * P::kStep);
-    Vector dots[kRows][kKeys][kUnroll];
-    Vector norms[kNorms][kKeys][kUnroll];
-    unrolled<kKeys>([&](auto k) CLARA_FAST_INLINE {
-      unrolled<kUnroll>([&](auto u) CLARA_FAST_INLINE {
-        unrolled<kRows>([&](auto r) CLARA_FAST_INLINE { dots[r][k][u] = P::zero(); });
-        unrolled<kNorms>([&](auto m) CLARA_FAST_INLINE { norms[m][k][u] = P::zero(); });
-      });
+  const int64_t left = n - begin;
+  const int64_t end = begin + (left < columns_at_a_time<P, kRows> ? left : columns_at_a_time<P, kRows>);
+  Vector dots[kRows][kKeys][kUnroll];
+  Vector norms[kNorms][kKeys][kUnroll];
+  unrolled<kKeys>([&](auto k) CLARA_FAST_INLINE {
+    unrolled<kUnroll>([&](auto u) CLARA_FAST_INLINE {
+      unrolled<kRows>([&](auto r) CLARA_FAST_INLINE { dots[r][k][u] = P::zero(); });
+      unrolled<kNorms>([&](auto m) CLARA_FAST_INLINE { norms[m][k][u] = P::zero(); });
     });
-    const auto step = [&](int64_t i, auto u, auto columns) CLARA_FAST_INLINE {
-      unrolled<kKeys>([&](auto k) CLARA_FAST_INLINE {
-        const char* key = keys + k * stride + i * kSize;
-        __builtin_prefetch(key + kAhead, 0, 2);
-        const auto loaded = P::load(key, columns);
-        unrolled<kRows>([&](auto r) CLARA_FAST_INLINE {
-          dots[r][k][u] = P::dot(loaded, rows[r] + i * P::kRowBytes, dots[r][k][u]);
-        });
-        unrolled<kNorms>([&](auto m)
-                             CLARA_FAST_INLINE { norms[m][k][u] = P::norm(m, loaded, norms[m][k][u]); });
-      });
-    };
-    int64_t i = begin;
-    for (; i + kUnroll * P::kStep <= end; i += kUnroll * P::kStep) {
-      unrolled<kUnroll>([&](auto u) CLARA_FAST_INLINE { step(i + u * P::kStep, u, Whole{}); });
-    }
-    for (; i + P::kStep <= end; i += P::kStep) step(i, Constant<0>{}, Whole{});
-    if (i < end) step(i, Constant<0>{}, Rest{end - i});
-    const auto add_to = [&](Vector& total, const Vector(&parts)[kUnroll]) CLARA_FAST_INLINE {
-      Vector sum = parts[0];
-      unrolled<kUnroll, 1>([&](auto u) CLARA_FAST_INLINE { sum = P::add(sum, parts[u]); });
-      total = begin == 0 ? sum : P::add(total, sum);
-    };
+  });
+  const auto step = [&](int64_t i, auto u, auto columns) CLARA_FAST_INLINE {
     unrolled<kKeys>([&](auto k) CLARA_FAST_INLINE {
-      unrolled<kRows>([&](auto r) CLARA_FAST_INLINE { add_to(totals[r][at + k], dots[r][k]); });
-      unrolled<kNorms>([&](auto m) CLARA_FAST_INLINE { add_to(totals[kRows + m][at + k], norms[m][k]); });
+      const char* key = keys + k * stride + i * kSize;
+      __builtin_prefetch(key + kAhead, 0, 2);
+      const auto loaded = P::load(key, columns);
+      unrolled<kRows>([&](auto r) CLARA_FAST_INLINE {
+        dots[r][k][u] = P::dot(loaded, rows[r] + i * P::kRowBytes, dots[r][k][u]);
+      });
+      unrolled<kNorms>([&](auto m)
+                           CLARA_FAST_INLINE { norms[m][k][u] = P::norm(m, loaded, norms[m][k][u]); });
     });
+  };
+  int64_t i = begin;
+  for (; i + kUnroll * P::kStep <= end; i += kUnroll * P::kStep) {
+    unrolled<kUnroll>([&](auto u) CLARA_FAST_INLINE { step(i + u * P::kStep, u, Whole{}); });
   }
+  for (; i + P::kStep <= end; i += P::kStep) step(i, Constant<0>{}, Whole{});
+  if (i < end) step(i, Constant<0>{}, Rest{end - i});
+  const auto add_to = [&](Vector& total, const Vector(&parts)[kUnroll]) CLARA_FAST_INLINE {
+    Vector sum = parts[0];
+    unrolled<kUnroll, 1>([&](auto u) CLARA_FAST_INLINE { sum = P::add(sum, parts[u]); });
+    total = begin == 0 ? sum : P::add(total, sum);
+  };
+  unrolled<kKeys>([&](auto k) CLARA_FAST_INLINE {
+    unrolled<kRows>([&](auto r) CLARA_FAST_INLINE { add_to(totals[r][at + k], dots[r][k]); });
+    unrolled<kNorms>([&](auto m) CLARA_FAST_INLINE { add_to(totals[kRows + m][at + k], norms[m][k]); });
+  });
 }
 
 template <class P, int kRows>
@@ -73,11 +74,13 @@ void stream_rows(const char* keys, int64_t stride, int64_t count, int64_t n, con
   for (int64_t j = 0; j < count; j += kGroupKeys) {
     const int64_t used = count - j < kGroupKeys ? count - j : kGroupKeys;
     typename P::Vector totals[kRows + P::kNorms][kGroupKeys];
-    for (int64_t t = 0; t < kGroupKeys; t += kKeys) {
-      // A short group repeats its first key and drops the result.
-      const int64_t first = t < used ? t : 0;
-      const int64_t apart = kKeys == 2 && first + 1 < used ? stride : 0;
-      stream_keys<P, kRows, kKeys, kUnroll>(keys + (j + first) * stride, apart, n, row, totals, t);
+    for (int64_t begin = 0; begin < n; begin += columns_at_a_time<P, kRows>) {
+      for (int64_t t = 0; t < kGroupKeys; t += kKeys) {
+        // A short group repeats its first key and drops the result.
+        const int64_t first = t < used ? t : 0;
+        const int64_t apart = kKeys == 2 && first + 1 < used ? stride : 0;
+        stream_keys<P, kRows, kKeys, kUnroll>(keys + (j + first) * stride, apart, begin, n, row, totals, t);
+      }
     }
     Sum four[kGroupKeys];
     for (int r = 0; r < kRows && r < num_rows; ++r) {

@@ -17,15 +17,19 @@ from tests.modeling.tiny import make_tokenizer
 
 THINGS = ["door", "boat", "lamp", "coat", "tree", "bell"]
 VALUES = list("abcdefghij")
-SIZE = 64
+SIZE, KEY_SIZE = 64, 16
+# No more than what is needed: the shorter the prompt, the more of what is attended to is memory.
 TEMPLATE = (
-    "{% for m in messages %}{% if m['role'] == 'assistant' %}<|im_start|>{{ m['content'] }}<|im_end|>"
-    "{% else %}{{ m['content'] }}{% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>{% endif %}"
+    "{% for m in messages %}{% if m['role'] == 'assistant' %}<|im_start|>{% endif %}{{ m['content'] }}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>{% endif %}"
 )
 
 
 def make_reader(folder):
-    """A model of one layer that attends to everything alike and says what it saw, so that little is left to learn."""
+    """A model of one layer that attends to everything alike and says the value it saw: it can read from the start.
+
+    Keys lie in dimensions of their own, which attention does not carry on.
+    """
     tokenizer = make_tokenizer()
     tokenizer.chat_template = TEMPLATE
     config = LlamaConfig(
@@ -43,14 +47,17 @@ def make_reader(folder):
     )
     torch.manual_seed(0)
     lm = LlamaForCausalLM(config)
-    table = torch.nn.functional.normalize(torch.randn(len(tokenizer), SIZE), dim=1)
+    read = (torch.arange(SIZE) < SIZE - KEY_SIZE).float()
+    table = torch.nn.functional.normalize(torch.randn(len(tokenizer), SIZE) * read, dim=1)
+    said = torch.zeros(len(tokenizer), 1)
+    said[[token_of(tokenizer, value) for value in VALUES]] = 3
     attention, mlp = lm.model.layers[0].self_attn, lm.model.layers[0].mlp
     with torch.no_grad():
         lm.model.embed_tokens.weight.copy_(table)
-        lm.lm_head.weight.copy_(3 * table)
+        lm.lm_head.weight.copy_(said * table)
         for layer in (attention.q_proj, attention.k_proj, mlp.down_proj):
             layer.weight.zero_()
-        attention.v_proj.weight.copy_(torch.eye(SIZE))
+        attention.v_proj.weight.copy_(torch.diag(read))
         attention.o_proj.weight.copy_(3 * torch.eye(SIZE))
     lm.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -60,16 +67,21 @@ def make_reader(folder):
     return model
 
 
+def token_of(tokenizer, value):
+    return tokenizer(value, add_special_tokens=False)["input_ids"][0]
+
+
 def text_of(thing, value):
     return f"The {thing} is {value}."
 
 
 def make_memories(folder, model):
     """A store of every thing with every value."""
-    keys = 3 * torch.nn.functional.normalize(torch.randn(len(THINGS), SIZE), dim=1)
+    keys = torch.zeros(len(THINGS), SIZE)
+    keys[:, -KEY_SIZE:] = 3 * torch.nn.functional.normalize(torch.randn(len(THINGS), KEY_SIZE), dim=1)
     table = model.lm.get_input_embeddings().weight.detach()
     pairs = [(thing, value) for thing in THINGS for value in VALUES]
-    values = {value: table[model.tokenizer(value, add_special_tokens=False)["input_ids"][0]] for value in VALUES}
+    values = {value: table[token_of(model.tokenizer, value)] for value in VALUES}
     memory = torch.stack([torch.stack([keys[THINGS.index(t)], values[v]]) for t, v in pairs])
     with MemoryStore.create(folder, model, dtype="float32") as store:
         store.add([f"{t}-{v}" for t, v in pairs], [text_of(t, v) for t, v in pairs], memory)

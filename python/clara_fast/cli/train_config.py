@@ -54,7 +54,7 @@ def arguments_of(context: typer.Context) -> dict[str, Any]:
 
 def make_arguments(cls: type[Any], settings: dict[str, Any], config: str | None) -> Any:
     """Training arguments of a stage. Raises ``ValueError`` naming settings that neither it nor transformers has."""
-    unknown = sorted(set(settings) - {f for f in cls.__dataclass_fields__})
+    unknown = sorted(set(settings) - set(cls.__dataclass_fields__))
     if unknown:
         raise ValueError(f"{config} sets {', '.join(unknown)}: neither an option of this command nor of transformers")
     return cls(**settings)

@@ -84,9 +84,10 @@ class Corpus:
                 raise CorpusError(f"corpus {path} holds no {' or '.join(_TEXT_SUFFIXES)} file")
             return cls(path, limit, partial(_read_folder, path), lambda: sum(1 for _ in _text_files(path)))
         if path.name.endswith(_JSON_SUFFIXES):
-            read = partial(_read_json_lines, path, fields)
-            count = partial(_count_documents, read) if _holds_lists(path, fields) else partial(_count_lines, path)
-            return cls(path, limit, read, count)
+            if _holds_lists(path, fields):
+                read = partial(_read_lists, path, fields)
+                return cls(path, limit, read, lambda: sum(1 for _ in read()))
+            return cls(path, limit, partial(_read_json_lines, path, fields), partial(_count_lines, path))
         if path.suffix == ".parquet":
             return cls(path, limit, partial(_read_parquet, path, fields), partial(_count_parquet, path))
         raise CorpusError(
@@ -107,22 +108,6 @@ class _Fields:
     text: str
     id: str
     title: str
-
-    def records(self, values: Mapping[str, Any], default_id: str, where: str, seen: set[str]) -> Iterator[Record]:
-        """One document, or one for each string of a list that is not among those ``seen``."""
-        if not isinstance(values.get(self.text), list):
-            yield self.record(values, default_id, where)
-            return
-        for i, content in enumerate(values[self.text]):
-            if not isinstance(content, str):
-                raise CorpusError(f"{where}: {self.text}[{i}] must be a string, not {type(content).__name__}")
-            name = hashlib.blake2b(content.encode(), digest_size=8).hexdigest()
-            if name not in seen:
-                seen.add(name)
-                title, _, text = content.partition("\n")
-                if not title.strip() or title != title.strip() or len(title) > _LONGEST_TITLE or not text.strip():
-                    title, text = "", content
-                yield _checked(Record(name, title, text, {}, f"{where}: {self.text}[{i}]"))
 
     def record(self, values: Mapping[str, Any], default_id: str, where: str) -> Record:
         """One document from an object's fields."""
@@ -155,7 +140,33 @@ def _checked(record: Record) -> Record:
 
 
 def _read_json_lines(path: Path, fields: _Fields) -> Iterator[Record]:
+    for number, where, values in _json_lines(path):
+        yield fields.record(values, str(number), where)
+
+
+def _read_lists(path: Path, fields: _Fields) -> Iterator[Record]:
     seen: set[str] = set()
+    for _, where, values in _json_lines(path):
+        contents = values.get(fields.text)
+        if not isinstance(contents, list):
+            raise CorpusError(f"{where}: field {fields.text!r} must be a list of documents, as on the first line")
+        for i, content in enumerate(contents):
+            if not isinstance(content, str):
+                raise CorpusError(f"{where}: {fields.text}[{i}] must be a string, not {type(content).__name__}")
+            name = hashlib.blake2b(content.encode(), digest_size=8).hexdigest()
+            if name not in seen:
+                seen.add(name)
+                yield _checked(Record(name, *_split_first_line(content), {}, f"{where}: {fields.text}[{i}]"))
+
+
+def _split_first_line(content: str) -> tuple[str, str]:
+    """Title and text, if put together again they are ``content`` to the letter; else no title."""
+    title, _, text = content.partition("\n")
+    short = title and title == title.strip() and len(title) <= _LONGEST_TITLE
+    return (title, text) if short and text.strip() else ("", content)
+
+
+def _json_lines(path: Path) -> Iterator[tuple[int, str, dict[str, Any]]]:
     with _readable(path), _open_binary(path) as lines:
         for number, line in enumerate(lines, start=1):
             where = f"{path}, line {number}"
@@ -169,7 +180,7 @@ def _read_json_lines(path: Path, fields: _Fields) -> Iterator[Record]:
                 raise CorpusError(f"{where} is not UTF-8 text") from None
             if not isinstance(values, dict):
                 raise CorpusError(f"{where} must be a JSON object, not {type(values).__name__}")
-            yield from fields.records(values, str(number), where, seen)
+            yield number, where, values
 
 
 def _holds_lists(path: Path, fields: _Fields) -> bool:
@@ -180,10 +191,6 @@ def _holds_lists(path: Path, fields: _Fields) -> bool:
         except ValueError:
             return False
     return isinstance(values, dict) and isinstance(values.get(fields.text), list)
-
-
-def _count_documents(read: Callable[[], Iterator[Record]]) -> int:
-    return sum(1 for _ in read())
 
 
 def _count_lines(path: Path) -> int:

@@ -15,7 +15,7 @@ from tests.training.reading import make_memories, make_questions, make_reader
 from tests.training.test_scp import StopAfter, losses_of
 
 # Longest first, as compress() packs them: one pack has them in the order of another.
-TEXTS = sorted({document[: 60 + 7 * i] for i, document in enumerate(DOCUMENTS)}, key=len, reverse=True)
+TEXTS = sorted({document[: 40 + 6 * i] for i, document in enumerate(DOCUMENTS)}, key=len, reverse=True)
 QUESTIONS = ["What is it made of?", "Who came?", "Where does it lead?", "Which colour?", "When?", "How old is it?"]
 
 
@@ -141,17 +141,12 @@ def test_a_store_changes_nothing(saved, tmp_path, dtype):
         settings = arguments(tmp_path, num_candidates=len(TEXTS))
         trainer = JointTrainer(model, settings, batch, store=source)
         # The longest question first, so that its documents are packed as they were for the store.
-        if dtype == "float32":
-            results.append(step(trainer, trainer.train_dataset[::-1]))
-        else:  # no backward pass: the plain attention has none in bfloat16 on a CPU
-            with model.inference():
-                loss = trainer.compute_loss(model, trainer.data_collator(trainer.train_dataset[::-1]))
-            results.append((loss, {}))
+        results.append(step(trainer, trainer.train_dataset[::-1]))
     (loss, gradients), (other_loss, other_gradients) = results
     assert torch.equal(loss, other_loss)
     assert gradients.keys() == other_gradients.keys()
     assert all(torch.equal(g, other_gradients[name]) for name, g in gradients.items())
-    assert dtype == "bfloat16" or any(g.any() for name, g in gradients.items() if ".query_reasoner." in name)
+    assert any(g.any() for name, g in gradients.items() if ".query_reasoner." in name)
 
 
 def test_only_query_reasoner_and_generator_train(model, store, tmp_path):

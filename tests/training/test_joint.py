@@ -111,7 +111,6 @@ def test_only_the_answer_teaches_retrieval(tmp_path, gradient, monkeypatch):
         per_device_eval_batch_size=64,
         num_candidates=6,
         top_k=1,
-        temperature=0.5,
         save_strategy="no",
     )
     questions, held_out = make_questions(3840, 6, seed=1), make_questions(128, 6, seed=2)

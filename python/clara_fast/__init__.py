@@ -5,7 +5,7 @@ used, so that ``import clara_fast`` costs little beyond torch:
 
 - :class:`Clara` holds one causal language model in its three roles (compressor, query reasoner, generator);
 - :class:`MemoryStore` keeps memories and documents on disk and searches them;
-- :class:`ScpTrainer` trains compressor and generator together (stage 1 of the paper);
+- :class:`ScpTrainer`, :class:`InstructionTrainer` and :class:`JointTrainer` are the three stages of the paper;
 - :func:`warmup` compiles ahead what a model will call on a GPU;
 - :mod:`clara_fast.ops` holds the fused operations by themselves, as ``torch.ops.clara_fast.*``;
 - transformers models take ``attn_implementation="clara_fast"`` (:mod:`clara_fast.modeling.attention`).
@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from clara_fast.modeling import ClaraConfig as ClaraConfig
     from clara_fast.ops import warmup as warmup
     from clara_fast.store import MemoryStore as MemoryStore
+    from clara_fast.training import InstructionTrainer as InstructionTrainer
+    from clara_fast.training import JointTrainer as JointTrainer
     from clara_fast.training import ScpTrainer as ScpTrainer
 
 _HOME_OF = {
@@ -41,6 +43,10 @@ _HOME_OF = {
     "ScpTrainer": "training",
     "ScpTrainingArguments": "training",
     "warmup": "ops",
+    "InstructionTrainer": "training",
+    "InstructionTrainingArguments": "training",
+    "JointTrainer": "training",
+    "JointTrainingArguments": "training",
 }
 _SUBPACKAGES = ("modeling", "ops", "store", "training")
 

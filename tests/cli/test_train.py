@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 
 import pytest
 
-from clara_fast.cli import main
+from clara_fast import Clara
+from clara_fast.cli import main, train
+from clara_fast.cli.train_config import make_arguments, read_config, shipped_configs
 from tests.modeling.tiny import make_base
 
 THINGS = ["door", "boat", "lamp", "coat", "tree", "bell"]
@@ -62,6 +65,87 @@ def test_pretrain_compress_train_the_retriever_and_search(base, tmp_path, capsys
     assert main(["search", store, "Where is the bell?", "--model", better, "--json", "-k", "2"]) == 0
     hits = json.loads(capsys.readouterr().out)
     assert len(hits["results"][0]["hits"]) == 2
+
+
+def test_instruct_compress_and_train_jointly(base, tmp_path, capsys):
+    documents = [f"{t.title()}\nThe {t} is here." for t in THINGS]
+    questions = [
+        {
+            "id": t,
+            "question": f"Where is the {t}?",
+            "docs": documents[: i + 1],
+            "gold_answer": "here",
+            "answer": f"The {t} is here.",
+            "pos_index": [i],
+        }
+        for i, t in enumerate(THINGS)
+    ]
+    train = write(tmp_path / "train.jsonl", questions)
+    model = Clara.from_base(base, doc_max_length=32, lora={"r": 2, "alpha": 4}, device="cpu", dtype="float32")
+    model.save_pretrained(tmp_path / "scp")
+    settings = tmp_path / "small.yaml"
+    settings.write_text("max_steps: 9\nbatch_size: 3\neval_every: 2\nlearning_rate: 1e-3\nlogging_steps: 1\n")
+    common = ["--config", str(settings), "--eval", train, "--steps", "2", "--json"]
+    tuned, joint = str(tmp_path / "tuned"), str(tmp_path / "joint")
+    assert main(["train", "instruct", train, "--model", str(tmp_path / "scp"), "--out", tuned, *common]) == 0
+    log = json.loads(capsys.readouterr().out)["log"]
+    assert [e["eval_loss_full_text"] for e in log if "eval_loss" in e]
+
+    store = str(tmp_path / "store")
+    assert main(["compress", train, "--text-field", "docs", "--model", tuned, "--out", store, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["documents"] == len(THINGS)
+    command = ["train", "joint", train, "--model", tuned, "--top-k", "2", *common]
+    assert main([*command, "--out", joint, "--store", store]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["steps"] == 2, "the command line counts before the file"
+    assert {"eval_recall@1", "eval_loss_other_memory"} <= {key for entry in report["log"] for key in entry}
+    assert [e["grad_norm_query_reasoner"] for e in report["log"] if "loss" in e]
+    assert main([*command, "--out", joint, "--store", store, "--candidates", "search", "--steps", "3"]) == 0
+    assert json.loads(capsys.readouterr().out)["steps"] == 3
+    assert main([*command, "--out", str(tmp_path / "other")]) == 0, "compressing at every step is the other way"
+    capsys.readouterr()
+    assert main(["ask", store, "Where is the bell?", "--model", joint, "--json", "--top-k", "2"]) == 0
+    assert main([*command, "--out", joint, "--candidates", "search"]) == 2
+    assert "need a store" in capsys.readouterr().err
+
+
+class TestConfig:
+    @pytest.mark.parametrize("name", sorted(shipped_configs()))
+    def test_what_comes_along_is_understood(self, name, tmp_path):
+        """Every setting is an option of its command or an argument of its stage, and the stage accepts it."""
+        from clara_fast import training
+
+        stage = name.partition("_")[0]
+        cls = {"scp": "Scp", "instruct": "Instruction", "joint": "Joint"}[stage]
+        command = next(c for c in train.app.registered_commands if c.name == stage)
+        options = set(inspect.signature(command.callback).parameters)
+        content = read_config(name)
+        arguments = {key: value for key, value in content.items() if key not in options}
+        made = make_arguments(
+            getattr(training, f"{cls}TrainingArguments"), {"output_dir": str(tmp_path), **arguments}, name
+        )
+        assert all(getattr(made, key) == value for key, value in arguments.items() if "checkpointing" not in key)
+
+    @pytest.mark.parametrize(
+        ("content", "message"),
+        [
+            ("- 1", "must hold a mapping"),
+            ("{", "is not YAML"),
+            ("colour: red", "sets colour: neither an option of this command nor of transformers"),
+        ],
+    )
+    def test_bad_files(self, tmp_path, capsys, content, message):
+        rows = write(tmp_path / "train.jsonl", [{"question": "Who?", "docs": ["Ann came."], "gold_answer": "Ann"}])
+        (tmp_path / "bad.yaml").write_text(content)
+        command = ["train", "instruct", rows, "--model", "x", "--out", str(tmp_path / "out"), "--config"]
+        assert main([*command, str(tmp_path / "bad.yaml")]) == 2
+        assert message in capsys.readouterr().err
+        assert main([*command, "nothing"]) == 2
+        assert "config nothing is neither a file nor one of instruct_mistral-7b" in capsys.readouterr().err
+
+    def test_they_are_listed(self, capsys):
+        assert main(["train", "configs"]) == 0
+        assert "joint_smollm2-135m" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

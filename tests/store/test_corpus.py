@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from clara_fast.store import Corpus, CorpusError
+from clara_fast.store.documents import document_text
 
 LINES = [
     {"id": "a", "title": "First", "text": "Text one.", "url": "u", "metadata": {"year": 1999}},
@@ -146,3 +147,25 @@ def test_what_is_not_a_corpus(tmp_path):
         list(Corpus.open(tmp_path / "d.jsonl.gz"))
     with pytest.raises(ValueError, match=r"limit \(0\) must be at least 1"):
         Corpus.open(tmp_path / "c.csv", limit=0)
+
+
+def test_lists_of_documents(tmp_path):
+    """Question files: candidates of many questions, each of them once."""
+    file = tmp_path / "questions.jsonl"
+    rows = [["Ann\nAnn came.", "Bob left."], ["Bob left.", "x" * 200 + "\nlong", " \nText"]]
+    file.write_text("".join(json.dumps({"id": str(i), "docs": docs}) + "\n" for i, docs in enumerate(rows)))
+    corpus = Corpus.open(file, text_field="docs")
+    records = list(corpus)
+    assert corpus.count() == len(records) == len({record.id for record in records}) == 4
+    assert (records[0].title, records[0].text) == ("Ann", "Ann came.")
+    # The model reads what the file says, to the letter.
+    assert [document_text(r.title, r.text) for r in records] == list(dict.fromkeys([*rows[0], *rows[1]]))
+    file.write_text(json.dumps({"docs": ["Ann came.", ""]}))
+    with pytest.raises(CorpusError, match=r"line 1: docs\[1\]: document .* is empty"):
+        list(Corpus.open(file, text_field="docs"))
+    file.write_text(json.dumps({"docs": ["Ann came.", 3]}))
+    with pytest.raises(CorpusError, match=r"line 1: docs\[1\] must be a string, not int"):
+        list(Corpus.open(file, text_field="docs"))
+    file.write_text(json.dumps({"docs": ["Ann came."]}) + "\n" + json.dumps({"docs": "Bob left."}))
+    with pytest.raises(CorpusError, match="line 2: field 'docs' must be a list of documents, as on the first line"):
+        list(Corpus.open(file, text_field="docs"))

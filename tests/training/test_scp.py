@@ -144,7 +144,7 @@ def test_controls_are_what_they_say(base):
         total, count = {"full_text": 0.0, "no_context": 0.0}, 0
         for sample in samples:
             for name, documents in (("full_text", [sample.document]), ("no_context", [])):
-                group = question_branches(model, sample, documents=documents)
+                group = question_branches(model, sample.pairs, documents=documents)
                 prompt, answer = group.branches[0]
                 ids = torch.tensor([[*group.context, *prompt, *answer]])
                 logits = model.lm(ids).logits[0, -len(answer) - 1 : -1].float()

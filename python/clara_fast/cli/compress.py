@@ -28,7 +28,9 @@ def compress(
     model: ModelOption = None,
     subfolder: SubfolderOption = None,
     base_model: BaseModelOption = None,
-    text_field: Annotated[str, typer.Option(help="Field with a document's text.")] = "text",
+    text_field: Annotated[
+        str, typer.Option(help="Field with a document's text, or with a list of documents.")
+    ] = "text",
     id_field: Annotated[str, typer.Option(help="Field with its id; without one, its line number.")] = "id",
     title_field: Annotated[str, typer.Option(help="Field with its title, if any.")] = "title",
     limit: Annotated[int | None, typer.Option(help="Only the first so many documents.")] = None,

@@ -11,8 +11,22 @@ import typer
 
 from clara_fast.cli.models import JsonOption
 from clara_fast.cli.output import note, print_json
+from clara_fast.cli.train_config import ConfigOption, arguments_of, make_arguments, shipped_configs
 
 app = typer.Typer(no_args_is_help=True, help="Train a model, stage by stage.")
+
+Questions = Annotated[
+    list[Path], typer.Argument(help='JSONL (may be gzipped) of {"question", "docs", "gold_answer", "pos_index"}.')
+]
+OutOption = Annotated[Path, typer.Option(help="Folder for the model and its checkpoints; an unfinished run resumes.")]
+EvalOption = Annotated[Path | None, typer.Option("--eval", help="Held-out samples, the same format.")]
+EvalSamplesOption = Annotated[int, typer.Option(help="Held-out samples to evaluate on.")]
+StepsOption = Annotated[int, typer.Option(help="Optimizer steps; -1: as many as --epochs makes.")]
+EpochsOption = Annotated[float, typer.Option(help="Passes over the data, if --steps is not given.")]
+AccumulateOption = Annotated[int, typer.Option(help="Batches per optimizer step.")]
+EvalEveryOption = Annotated[int, typer.Option(help="Steps between evaluations and checkpoints.")]
+DtypeOption = Annotated[str, typer.Option(help="Of the base model: auto, float32, bfloat16, float16.")]
+SeedOption = Annotated[int, typer.Option(help="Of order, dropout and targets.")]
 
 # How many training passages the connector takes its first statistics from.
 CALIBRATION_PASSAGES = 64
@@ -20,12 +34,13 @@ CALIBRATION_PASSAGES = 64
 
 @app.command("scp")
 def scp(
+    context: typer.Context,
     train: Annotated[list[Path], typer.Argument(help="JSONL files (may be gzipped) of passages with questions.")],
-    out: Annotated[Path, typer.Option(help="Folder for the model and its checkpoints; an unfinished run resumes.")],
+    out: OutOption,
     base: Annotated[str | None, typer.Option(help="Base model to start from: hub name or folder.")] = None,
     model: Annotated[str | None, typer.Option(help="Clara model to go on from, instead of --base.")] = None,
-    eval_file: Annotated[Path | None, typer.Option("--eval", help="Held-out samples, the same format.")] = None,
-    eval_samples: Annotated[int, typer.Option(help="Held-out passages to evaluate on.")] = 64,
+    eval_file: EvalOption = None,
+    eval_samples: EvalSamplesOption = 64,
     max_words: Annotated[int | None, typer.Option(help="Leave out passages with more words.")] = None,
     doc_max_length: Annotated[int, typer.Option(help="Tokens read of each document.")] = 256,
     compression_rate: Annotated[int, typer.Option(help="Document tokens per memory token.")] = 16,
@@ -33,18 +48,16 @@ def scp(
     lora_dropout: Annotated[float, typer.Option(help="Dropout of the adapters in training.")] = 0.1,
     connector: Annotated[bool, typer.Option(help="Train a linear map from hidden states to embeddings.")] = False,
     spread: Annotated[bool, typer.Option(help="Spread the memory tokens' positions over the text.")] = False,
-    steps: Annotated[int, typer.Option(help="Optimizer steps; -1: as many as --epochs makes.")] = -1,
-    epochs: Annotated[float, typer.Option(help="Passes over the data, if --steps is not given.")] = 1.0,
+    steps: StepsOption = -1,
+    epochs: EpochsOption = 1.0,
     batch_size: Annotated[int, typer.Option(help="Passages in a batch.")] = 8,
-    accumulate: Annotated[int, typer.Option(help="Batches per optimizer step.")] = 1,
+    accumulate: AccumulateOption = 1,
     learning_rate: Annotated[float, typer.Option(help="Learning rate of the adapters.")] = 1e-4,
     reconstruction: Annotated[float, typer.Option(help="Share of passages to be written out instead.")] = 0.0,
-    eval_every: Annotated[int, typer.Option(help="Steps between evaluations and checkpoints.")] = 100,
-    dtype: Annotated[str, typer.Option(help="Of the base model: auto, float32, bfloat16, float16.")] = "auto",
-    seed: Annotated[int, typer.Option(help="Of order, dropout and targets.")] = 0,
-    config: Annotated[
-        Path | None, typer.Option(help="YAML of further training arguments, as transformers names them.")
-    ] = None,
+    eval_every: EvalEveryOption = 100,
+    dtype: DtypeOption = "auto",
+    seed: SeedOption = 0,
+    config: ConfigOption = None,
     json: JsonOption = False,
 ) -> None:
     """Pretrain compressor and generator together (paper section 3.1): CE + 0.1 MSE.
@@ -78,30 +91,30 @@ def scp(
         **_common(out, steps, epochs, batch_size, learning_rate, eval_every, seed, evaluate=held_out is not None),
         "gradient_accumulation_steps": accumulate,
         "reconstruction": reconstruction,
-        **_yaml(config),
+        **arguments_of(context),
     }
-    _run(ScpTrainer(clara, ScpTrainingArguments(**settings), samples, held_out), out, json)
+    arguments = make_arguments(ScpTrainingArguments, settings, config)
+    _run(ScpTrainer(clara, arguments, samples, held_out), out, json)
     note(f"saved to {out}; next: clara-fast compress CORPUS --model {out} --out STORE")
 
 
 @app.command("retriever")
 def retriever(
+    context: typer.Context,
     train: Annotated[Path, typer.Argument(help='JSONL (may be gzipped) of {"question", "gold_ids"}.')],
     store: Annotated[Path, typer.Option(help="Store of the documents, written by the model.")],
     model: Annotated[str, typer.Option(help="Clara model; gets a query reasoner if it has none.")],
-    out: Annotated[Path, typer.Option(help="Folder for the model and its checkpoints; an unfinished run resumes.")],
+    out: OutOption,
     eval_file: Annotated[Path | None, typer.Option("--eval", help="Held-out questions on the same store.")] = None,
-    steps: Annotated[int, typer.Option(help="Optimizer steps; -1: as many as --epochs makes.")] = -1,
-    epochs: Annotated[float, typer.Option(help="Passes over the data, if --steps is not given.")] = 1.0,
+    steps: StepsOption = -1,
+    epochs: EpochsOption = 1.0,
     batch_size: Annotated[int, typer.Option(help="Questions in a batch.")] = 32,
     negatives: Annotated[int, typer.Option(help="Documents drawn from the store against each batch.")] = 1024,
     learning_rate: Annotated[float, typer.Option(help="Learning rate of the query reasoner.")] = 1e-4,
-    eval_every: Annotated[int, typer.Option(help="Steps between evaluations and checkpoints.")] = 100,
-    dtype: Annotated[str, typer.Option(help="Of the base model: auto, float32, bfloat16, float16.")] = "auto",
-    seed: Annotated[int, typer.Option(help="Of the order and the dropout.")] = 0,
-    config: Annotated[
-        Path | None, typer.Option(help="YAML of further training arguments, as transformers names them.")
-    ] = None,
+    eval_every: EvalEveryOption = 100,
+    dtype: DtypeOption = "auto",
+    seed: SeedOption = 0,
+    config: ConfigOption = None,
     json: JsonOption = False,
 ) -> None:
     """Train the query reasoner on known question-document pairs (InfoNCE): the supervised variant of retrieval.
@@ -119,11 +132,119 @@ def retriever(
     settings = {
         **_common(out, steps, epochs, batch_size, learning_rate, eval_every, seed, evaluate=held_out is not None),
         "negatives": negatives,
-        **_yaml(config),
+        **arguments_of(context),
     }
-    arguments = RetrieverTrainingArguments(**settings)
+    arguments = make_arguments(RetrieverTrainingArguments, settings, config)
     _run(RetrieverTrainer(clara, memories, arguments, questions, held_out), out, json)
     note(f'saved to {out}; next: clara-fast ask {store} "QUESTION" --model {out}')
+
+
+@app.command("instruct")
+def instruct(
+    context: typer.Context,
+    train: Questions,
+    model: Annotated[str, typer.Option(help="Clara model that was pretrained (train scp).")],
+    out: OutOption,
+    eval_file: EvalOption = None,
+    eval_samples: EvalSamplesOption = 64,
+    documents: Annotated[int, typer.Option(help="Documents read per question, at most; known positives first.")] = 5,
+    keep_generator: Annotated[bool, typer.Option(help="Go on with the model's generator, not with a new one.")] = False,
+    steps: StepsOption = -1,
+    epochs: EpochsOption = 1.0,
+    batch_size: Annotated[int, typer.Option(help="Questions in a batch.")] = 8,
+    accumulate: AccumulateOption = 1,
+    learning_rate: Annotated[float, typer.Option(help="Learning rate of compressor and generator.")] = 1e-4,
+    eval_every: EvalEveryOption = 100,
+    dtype: DtypeOption = "auto",
+    seed: SeedOption = 0,
+    config: ConfigOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Tune compressor and a new generator on questions over several documents (paper: instruction tuning).
+
+    Evaluation prints the answer loss under four contexts: the documents' memories, another question's, none, the full
+    text.
+    """
+    from clara_fast.modeling import Clara
+    from clara_fast.training import InstructionTrainer, InstructionTrainingArguments, read_multidoc
+
+    samples = read_multidoc(train)
+    held_out = read_multidoc(eval_file, limit=eval_samples) if eval_file is not None else None
+    settings = {
+        **_common(out, steps, epochs, batch_size, learning_rate, eval_every, seed, evaluate=held_out is not None),
+        "gradient_accumulation_steps": accumulate,
+        "num_documents": documents,
+        "fresh_generator": not keep_generator,
+        **arguments_of(context),
+    }
+    arguments = make_arguments(InstructionTrainingArguments, settings, config)
+    clara = Clara.from_pretrained(model, dtype=dtype)
+    _run(InstructionTrainer(clara, arguments, samples, held_out), out, json)
+    note(f"saved to {out}; next: clara-fast compress QUESTIONS --text-field docs --model {out} --out STORE")
+
+
+@app.command("joint")
+def joint(
+    context: typer.Context,
+    train: Questions,
+    model: Annotated[str, typer.Option(help="Clara model; gets a query reasoner if it has none.")],
+    out: OutOption,
+    store: Annotated[
+        Path | None,
+        typer.Option(help="Store of the documents, written by the model; without, they are compressed at every step."),
+    ] = None,
+    eval_file: EvalOption = None,
+    eval_samples: EvalSamplesOption = 64,
+    candidates: Annotated[
+        str, typer.Option(help="'data': each question's own documents; 'search': the nearest in the store.")
+    ] = "data",
+    num_candidates: Annotated[int, typer.Option(help="Documents to select from, at most.")] = 20,
+    search_every: Annotated[int, typer.Option(help="Steps between searches.")] = 100,
+    top_k: Annotated[int | None, typer.Option(help="Documents selected; default the model's top_k.")] = None,
+    steps: StepsOption = -1,
+    epochs: EpochsOption = 1.0,
+    batch_size: Annotated[int, typer.Option(help="Questions in a batch.")] = 4,
+    accumulate: AccumulateOption = 1,
+    learning_rate: Annotated[float, typer.Option(help="Learning rate of query reasoner and generator.")] = 5e-6,
+    eval_every: EvalEveryOption = 100,
+    dtype: DtypeOption = "auto",
+    seed: SeedOption = 0,
+    config: ConfigOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Train query reasoner and generator together on the loss of the answer alone (paper section 3.2).
+
+    The store is made from the same questions by: clara-fast compress QUESTIONS --text-field docs.
+    Evaluation prints Recall@1 and the answer loss under four contexts.
+    """
+    from clara_fast.modeling import Clara
+    from clara_fast.store import MemoryStore
+    from clara_fast.training import JointTrainer, JointTrainingArguments, read_multidoc
+
+    own = candidates != "search"
+    samples = read_multidoc(train, need_documents=own)
+    held_out = read_multidoc(eval_file, need_documents=own, limit=eval_samples) if eval_file is not None else None
+    settings = {
+        **_common(out, steps, epochs, batch_size, learning_rate, eval_every, seed, evaluate=held_out is not None),
+        "gradient_accumulation_steps": accumulate,
+        "candidates": candidates,
+        "num_candidates": num_candidates,
+        "search_every": search_every,
+        "top_k": top_k,
+        **arguments_of(context),
+    }
+    arguments = make_arguments(JointTrainingArguments, settings, config)
+    clara = Clara.from_pretrained(model, dtype=dtype)
+    memories = MemoryStore.open(store, clara) if store is not None else None
+    _run(JointTrainer(clara, arguments, samples, held_out, store=memories), out, json)
+    note(f'saved to {out}; next: clara-fast ask {store or "STORE"} "QUESTION" --model {out}')
+
+
+@app.command("configs")
+def configs() -> None:
+    """List the configurations that come along; each is a file to copy from."""
+    for name, file in shipped_configs().items():
+        print(f"{name:24} {file}")
 
 
 def _common(
@@ -170,14 +291,3 @@ def _last_checkpoint(out: Path) -> str | None:
     """The latest checkpoint that is whole: the Trainer writes its state file last, and a kill may come before."""
     whole = [file.parent for file in out.glob("checkpoint-*/trainer_state.json")]
     return str(max(whole, key=lambda folder: int(folder.name.rpartition("-")[2]))) if whole else None
-
-
-def _yaml(file: Path | None) -> dict[str, Any]:
-    if file is None:
-        return {}
-    import yaml
-
-    content = yaml.safe_load(file.read_text())
-    if not isinstance(content, dict):
-        raise ValueError(f"{file} must hold a mapping of training arguments")
-    return content

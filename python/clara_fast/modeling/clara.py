@@ -36,7 +36,7 @@ class ClaraOutput:
     Attributes:
         lm_loss: scalar, cross-entropy over the answers' tokens: their mean, or their sum over ``num_items``.
         mse_loss: scalar, mean squared distance of mean memory and mean text state (paper section 3).
-        memory: ``[S, m, D]`` memories of the documents.
+        memory: ``[S, m, D]`` memories of the documents, computed or as they were given.
         query: ``[B, m, D]`` memories of the questions, if there were any.
         scores: ``[B, N]`` float32 cosines of questions and candidates, if there were any.
         indices: ``[B, k]`` int64 candidates that were selected, if there were any.
@@ -89,6 +89,7 @@ class Clara(nn.Module):
         self.own_tables = False
         self.roles: set[str] = set()
         self.trainable: frozenset[str] = frozenset()
+        self._checkpointing = False
 
     @classmethod
     def from_base(
@@ -180,6 +181,12 @@ class Clara(nn.Module):
                 parameter.data.copy_(source[name].data)
         self.train_only(*self.trainable)
 
+    def reset_role(self, role: Role) -> None:
+        """Start a role's adapter afresh: random A, zero B, as :meth:`add_role` makes it."""
+        if role not in self.roles:
+            raise ValueError(f"role ({role!r}) must be one of the model's roles ({sorted(self.roles)})")
+        roles.reset_role(self.lm, role)
+
     def train_only(self, *parts: str) -> None:
         """Freeze everything but ``parts``: names of roles, ``"memory_tokens"``, ``"connector"``.
 
@@ -205,9 +212,19 @@ class Clara(nn.Module):
                 dropout.eval()
         return self
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
+    def activation_checkpointing_enable(
+        self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **options: Any
+    ) -> None:
         """Recompute activations in backward, as transformers' models do; every layer keeps the role of its call."""
-        self.lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs=gradient_checkpointing_kwargs)
+        if hasattr(self.lm, "activation_checkpointing_enable"):
+            self.lm.activation_checkpointing_enable(activation_checkpointing_kwargs, **options)
+        else:  # transformers before 5.24
+            self.lm.gradient_checkpointing_enable(activation_checkpointing_kwargs)
+        self._checkpointing = True
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
+        """The older name of :meth:`activation_checkpointing_enable`."""
+        self.activation_checkpointing_enable(gradient_checkpointing_kwargs)
 
     @property
     def device(self) -> torch.device:
@@ -268,7 +285,7 @@ class Clara(nn.Module):
             tail = torch.arange(-m, 0, device=embeds.device)
             rows = (packed.offsets[1:, None] + tail).flatten().long()
             tokens = self.memory_embeddings.expand(m, -1).repeat(len(packed), 1)
-            embeds = embeds.index_copy(0, rows, tokens.to(embeds.dtype))
+            embeds = self._entry(embeds.index_copy(0, rows, tokens.to(embeds.dtype)), role)
             hidden = roles.run_backbone(self.lm.get_decoder(), role, packed.layout, embeds, packed.position_ids)
             memory, mse = ops.pool_memory(hidden, packed.offsets, m)
             return (memory if self.connector is None else self.connector(memory)), mse
@@ -355,6 +372,7 @@ class Clara(nn.Module):
         queries: PackedDocuments | None = None,
         candidates: Tensor | None = None,
         *,
+        memory: Tensor | None = None,
         top_k: int | None = None,
         num_items: Tensor | int | None = None,
         temperature: float = 0.02,
@@ -364,21 +382,28 @@ class Clara(nn.Module):
 
         Without ``queries`` the memories of ``documents`` fill the prompts' slots in order (stages 1 and 1_2).
         With them, each question picks ``top_k`` of its ``candidates`` (``[B, N]`` int64 rows of ``documents``, -1 for
-        none) by the straight-through top-k, and their memories fill its prompt (stage 2, paper section 3.2).
-        ``queries`` alone give their memories, with a graph.
+        none) by the straight-through top-k, and their memories fill its prompt (stage 2, paper section 3.2); the
+        prompt of a question with fewer candidates has slots for those only. ``queries`` alone give their memories,
+        with a graph.
 
         Args:
+            memory: ``[N, m, D]`` memories in the place of ``documents``, as a store keeps them.
             num_items: answer tokens of the whole optimizer step, if the batch is only a part of it.
             temperature: of the straight-through softmax.
             taken_logit: see :func:`clara_fast.ops.select_memory`.
         """
+        if documents is not None and memory is not None:
+            raise ValueError("forward() takes documents or their memory, not both")
         output = ClaraOutput()
         if queries is not None:
             output.query, _ = self.encode(queries.to(self.device), self.query_role)
-        if documents is None:
+        if documents is not None:
+            output.memory, mse = self.encode(documents.to(self.device), "compressor")
+            output.mse_loss = mse.mean()
+        elif memory is not None:
+            output.memory = memory.to(self.device, self.dtype)
+        if output.memory is None:
             return output
-        output.memory, mse = self.encode(documents.to(self.device), "compressor")
-        output.mse_loss = mse.mean()
         filling = output.memory
         if output.query is not None and candidates is not None:
             rows = candidates.to(self.device)
@@ -392,6 +417,9 @@ class Clara(nn.Module):
                 valid=rows >= 0,
                 taken_logit=taken_logit,
             )
+            if prompts is not None and prompts.memory_slots.numel() != filling[..., 0].numel():
+                # Some questions have fewer candidates than are selected, and so fewer slots.
+                filling = filling[output.indices >= 0]
         if prompts is not None:
             output.lm_loss = self.answer_loss(prompts.to(self.device), filling.flatten(0, -2), num_items)
         return output
@@ -423,7 +451,7 @@ class Clara(nn.Module):
             )
         self._check_window(prompts.longest)
         embeds = self.lm.get_input_embeddings()(prompts.input_ids)
-        embeds = embeds.index_copy(0, prompts.memory_slots, memory.to(embeds.dtype))
+        embeds = self._entry(embeds.index_copy(0, prompts.memory_slots, memory.to(embeds.dtype)), role)
         rows = (prompts.labels != -100).nonzero().flatten()
         if rows.numel() == 0:
             raise ValueError("the batch holds no answer token to take a loss on")
@@ -464,6 +492,12 @@ class Clara(nn.Module):
         from clara_fast.modeling.answering import paraphrase
 
         return paraphrase(self, memory, instruction=instruction, **generate_options)
+
+    def _entry(self, embeds: Tensor, role: str) -> Tensor:
+        """What enters the first layer. Reentrant checkpointing gives gradients only where its input asks for one."""
+        if role in self.trainable and torch.is_grad_enabled() and not embeds.requires_grad:
+            return embeds.requires_grad_(self._checkpointing)
+        return embeds
 
     def _check_window(self, longest: int) -> None:
         base = self.lm.config

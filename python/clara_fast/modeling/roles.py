@@ -55,6 +55,13 @@ def add_role(lm: nn.Module, role: Role, settings: LoraSettings) -> None:
         _follow_role_keyword(lm)
 
 
+def reset_role(lm: nn.Module, role: str) -> None:
+    """Draw the role's adapter anew, as :func:`add_role` does."""
+    for module in lm.modules():
+        if isinstance(module, LoraLayer) and role in module.lora_A:
+            module.reset_lora_parameters(role, init_lora_weights=True)
+
+
 def role_parameters(lm: nn.Module, role: str) -> dict[str, nn.Parameter]:
     """Parameters by name without the adapter's: ``model.layers.0.self_attn.q_proj.lora_A.weight``."""
     found = {}

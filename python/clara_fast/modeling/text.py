@@ -54,6 +54,12 @@ class TextEncoder:
         limit = max_length or self.max_length
         return [row[:limit] for row in ids], sum(len(row) > limit for row in ids)
 
+    def readable(self, text: str) -> str:
+        """The beginning of a text that the compressor reads: its first ``doc_max_length`` tokens, as text again."""
+        ids = self._encode([self.defuse(text)])[0]
+        limit = self.max_length - 3
+        return text if len(ids) <= limit else str(self.tokenizer.decode(ids[:limit]))
+
     def prompt(self, prompts: Prompts, turn: Turn) -> list[int]:
         """Token ids of a prompt that the generator goes on from."""
         return self._encode([prompts.render(turn)])[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import json
 import zlib
 from collections.abc import Callable, Iterator, Mapping
@@ -56,6 +57,8 @@ class Corpus:
         """Find out what ``path`` is.
 
         - ``.jsonl`` or ``.jsonl.gz``: one object a line; without ``id_field``, the line's number names it;
+          where ``text_field`` holds a list, each of its strings is a document, named by a hash of what it says and
+          taken once (question files: ``text_field="docs"``); a short first line is its title;
         - ``.parquet``: one document a row; without ``id_field``, the row's number names it;
         - a folder: every ``.txt`` and ``.md`` file under it, named by its path there.
 
@@ -81,6 +84,9 @@ class Corpus:
                 raise CorpusError(f"corpus {path} holds no {' or '.join(_TEXT_SUFFIXES)} file")
             return cls(path, limit, partial(_read_folder, path), lambda: sum(1 for _ in _text_files(path)))
         if path.name.endswith(_JSON_SUFFIXES):
+            if _holds_lists(path, fields):
+                read = partial(_read_lists, path, fields)
+                return cls(path, limit, read, lambda: sum(1 for _ in read()))
             return cls(path, limit, partial(_read_json_lines, path, fields), partial(_count_lines, path))
         if path.suffix == ".parquet":
             return cls(path, limit, partial(_read_parquet, path, fields), partial(_count_parquet, path))
@@ -134,6 +140,33 @@ def _checked(record: Record) -> Record:
 
 
 def _read_json_lines(path: Path, fields: _Fields) -> Iterator[Record]:
+    for number, where, values in _json_lines(path):
+        yield fields.record(values, str(number), where)
+
+
+def _read_lists(path: Path, fields: _Fields) -> Iterator[Record]:
+    seen: set[str] = set()
+    for _, where, values in _json_lines(path):
+        contents = values.get(fields.text)
+        if not isinstance(contents, list):
+            raise CorpusError(f"{where}: field {fields.text!r} must be a list of documents, as on the first line")
+        for i, content in enumerate(contents):
+            if not isinstance(content, str):
+                raise CorpusError(f"{where}: {fields.text}[{i}] must be a string, not {type(content).__name__}")
+            name = hashlib.blake2b(content.encode(), digest_size=8).hexdigest()
+            if name not in seen:
+                seen.add(name)
+                yield _checked(Record(name, *_split_first_line(content), {}, f"{where}: {fields.text}[{i}]"))
+
+
+def _split_first_line(content: str) -> tuple[str, str]:
+    """Title and text, if put together again they are ``content`` to the letter; else no title."""
+    title, _, text = content.partition("\n")
+    short = title and title == title.strip() and len(title) <= _LONGEST_TITLE
+    return (title, text) if short and text.strip() else ("", content)
+
+
+def _json_lines(path: Path) -> Iterator[tuple[int, str, dict[str, Any]]]:
     with _readable(path), _open_binary(path) as lines:
         for number, line in enumerate(lines, start=1):
             where = f"{path}, line {number}"
@@ -147,7 +180,17 @@ def _read_json_lines(path: Path, fields: _Fields) -> Iterator[Record]:
                 raise CorpusError(f"{where} is not UTF-8 text") from None
             if not isinstance(values, dict):
                 raise CorpusError(f"{where} must be a JSON object, not {type(values).__name__}")
-            yield fields.record(values, str(number), where)
+            yield number, where, values
+
+
+def _holds_lists(path: Path, fields: _Fields) -> bool:
+    """Whether the first line has a list of documents; a damaged file is told of when it is read."""
+    with _readable(path), _open_binary(path) as lines:
+        try:
+            values = json.loads(next(iter(lines), b"null"))
+        except ValueError:
+            return False
+    return isinstance(values, dict) and isinstance(values.get(fields.text), list)
 
 
 def _count_lines(path: Path) -> int:

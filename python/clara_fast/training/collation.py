@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from clara_fast.modeling.packing import PackedPrompts, PromptGroup, group_prompts, pack_prompts
 from clara_fast.training.data import ScpSample
+from clara_fast.training.questions import QuestionSample
 
 if TYPE_CHECKING:
     from clara_fast.modeling import Clara
@@ -40,8 +41,7 @@ class ScpCollator:
     def __call__(self, samples: Sequence[ScpSample]) -> dict[str, Any]:
         prompts = pack_groups(self.model, [self._group(sample) for sample in samples])
         documents = self.model.pack([sample.document for sample in samples])
-        # The trainer counts answer tokens by this key.
-        return {"documents": documents, "prompts": prompts, "labels": prompts.labels}
+        return {"documents": documents, **answer_fields(prompts, samples)}
 
     def _group(self, sample: ScpSample) -> PromptGroup:
         text, prompts = self.model.text, self.model.prompts
@@ -49,25 +49,54 @@ class ScpCollator:
         draw = random.Random(f"{self.seed} {sample.id}")
         instruction = draw.randrange(prompts.num_paraphrase_instructions)
         if draw.random() < self.reconstruction:
-            limit = self.model.config.doc_max_length
-            read = text.tokenizer(text.defuse(sample.document), add_special_tokens=False)["input_ids"][:limit]
-            target = str(text.tokenizer.decode(read))
+            target = text.readable(sample.document)
             return group_prompts([text.exchange(prompts, prompts.paraphrase(instruction), target)])
         if not sample.questions:
             return group_prompts([text.exchange(prompts, prompts.paraphrase(instruction), sample.answers[0])])
         if self.questions == "sequence":
             reply = prompts.question_pairs(sample.questions, sample.answers)
             return group_prompts([text.exchange(prompts, prompts.questions(), reply)])
-        return question_branches(self.model, sample, num_documents=1)
+        return question_branches(self.model, sample.pairs)
+
+
+@dataclass
+class InstructionCollator:
+    """Packs questions with all of their documents.
+
+    Args:
+        model: its tokenizer and prompts are used, its weights are not.
+        num_documents: documents per question, at most; see :meth:`QuestionSample.chosen`.
+    """
+
+    model: Clara
+    num_documents: int = 5
+
+    def __call__(self, samples: Sequence[QuestionSample]) -> dict[str, Any]:
+        documents = [[s.documents[i] for i in s.chosen(self.num_documents)] for s in samples]
+        groups = [
+            question_branches(self.model, [s.exchange(teacher=True)], num_documents=len(read))
+            for s, read in zip(samples, documents, strict=True)
+        ]
+        packed = self.model.pack([document for read in documents for document in read])
+        return {"documents": packed, **answer_fields(pack_groups(self.model, groups), samples)}
+
+
+def answer_fields(prompts: PackedPrompts, samples: Sequence[Any]) -> dict[str, Any]:
+    """What every batch with answers holds: the Trainer counts answer tokens by ``labels``, and errors name samples."""
+    return {"prompts": prompts, "labels": prompts.labels, "samples": list(samples)}
 
 
 def question_branches(
-    model: Clara, sample: ScpSample, *, num_documents: int = 1, documents: list[str] | None = None
+    model: Clara,
+    pairs: Sequence[tuple[str, str]],
+    *,
+    num_documents: int = 1,
+    documents: Sequence[str] | None = None,
 ) -> PromptGroup:
-    """The sample's questions, each with its answer, on one context: memories, or ``documents`` as plain text."""
+    """Questions, each with its answer, on one context: ``num_documents`` memories, or ``documents`` as plain text."""
     text, prompts = model.text, model.prompts
     exchanges = []
-    for question, reply in zip(sample.questions, sample.answers, strict=True):
+    for question, reply in pairs:
         asked = text.defuse(question)
         turn = (
             prompts.answer(asked, num_documents)

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import gzip
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+S = TypeVar("S")
 
 
 @dataclass
@@ -19,6 +22,11 @@ class ScpSample:
     answers: list[str]
     questions: list[str] = field(default_factory=list)
 
+    @property
+    def pairs(self) -> list[tuple[str, str]]:
+        """Every question with its answer."""
+        return list(zip(self.questions, self.answers, strict=True))
+
 
 def read_scp(paths: str | Path | Sequence[str | Path], *, limit: int | None = None) -> list[ScpSample]:
     """Read ``.jsonl`` or ``.jsonl.gz`` files of ``{"data_type", "docs", "question", "answers", "id"}``.
@@ -29,13 +37,16 @@ def read_scp(paths: str | Path | Sequence[str | Path], *, limit: int | None = No
         FileNotFoundError: a file does not exist.
         ValueError: a line is no JSON object or breaks the format; file, line and rule are named.
     """
+    return read_files(paths, _sample, limit)
+
+
+def read_files(
+    paths: str | Path | Sequence[str | Path], sample: Callable[[dict[str, Any], str], S], limit: int | None
+) -> list[S]:
+    """What ``sample(row, place)`` makes of every row of the files, up to ``limit``; at least one."""
     files = [paths] if isinstance(paths, str | Path) else paths
-    samples: list[ScpSample] = []
-    for file in files:
-        for place, row in read_rows(Path(file)):
-            samples.append(_sample(row, place))
-            if limit is not None and len(samples) == limit:
-                return samples
+    rows = ((row, place) for file in files for place, row in read_rows(Path(file)))
+    samples = [sample(row, place) for row, place in islice(rows, limit)]
     if not samples:
         raise ValueError(f"no sample in {', '.join(str(f) for f in files)}")
     return samples

@@ -111,6 +111,7 @@ class RetrieverTrainer(ClaraTrainer):
             "queries": self.model.pack([sample.question for sample in samples]),
             "keys": self.store.memory(rows).flatten(1),
             "positive": positive,
+            "samples": list(samples),
         }
 
     def compute_loss(

@@ -11,9 +11,9 @@ from torch import nn
 
 from clara_fast.modeling import Clara
 from clara_fast.training.collation import ScpCollator
-from clara_fast.training.controls import answer_losses, format_losses
+from clara_fast.training.controls import answer_losses, format_losses, loss_metrics
 from clara_fast.training.data import ScpSample
-from clara_fast.training.trainer import ClaraTrainer, ClaraTrainingArguments
+from clara_fast.training.trainer import AnswerTrainer, ClaraTrainingArguments
 
 
 @dataclass
@@ -38,7 +38,7 @@ class ScpTrainingArguments(ClaraTrainingArguments):
     )
 
 
-class ScpTrainer(ClaraTrainer):
+class ScpTrainer(AnswerTrainer):
     """Trains compressor, generator and memory tokens on ``CE + mse_weight * MSE``.
 
     Args:
@@ -67,24 +67,7 @@ class ScpTrainer(ClaraTrainer):
             eval_dataset=eval_dataset,
             **options,
         )
-        # compute_loss divides by the answer tokens of the whole step, so the Trainer must not divide again.
-        self.model_accepts_loss_kwargs = True
-
-    def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: torch.Tensor | int | None = None,
-    ) -> Any:
-        output = model(inputs["documents"], inputs["prompts"], num_items=num_items_in_batch)
-        lm_loss, mse_loss = output.lm_loss, output.mse_loss
-        if num_items_in_batch is not None:
-            mse_loss = mse_loss / self.current_gradient_accumulation_steps
-            if self.args.average_tokens_across_devices:
-                lm_loss = lm_loss * self.accelerator.num_processes
-        loss = lm_loss + self.args.mse_weight * mse_loss
-        return (loss, output) if return_outputs else loss
+        self.mse_weight = args.mse_weight
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
@@ -113,8 +96,6 @@ class ScpTrainer(ClaraTrainer):
         if samples is None:
             raise ValueError("evaluation needs an eval_dataset")
         losses = answer_losses(self.model, samples, batch_size=self.args.per_device_eval_batch_size)
-        metrics = {f"{metric_key_prefix}_loss_{name}": value for name, value in losses.items()}
-        metrics[f"{metric_key_prefix}_loss"] = losses["memory"]
         if self.is_world_process_zero():
             print(f"step {self.state.global_step}: answer loss with {format_losses(losses)}", flush=True)
-        return self.report(metrics)
+        return self.report(loss_metrics(losses, metric_key_prefix))

@@ -1,0 +1,65 @@
+"""Reading questions with candidates: the formats of both stages, and bad rows by file, line and rule."""
+
+from __future__ import annotations
+
+import gzip
+import json
+
+import pytest
+
+from clara_fast.training import read_multidoc
+
+GOOD = {"id": "g", "question": "Who?", "docs": ["Ann came.", "Bob left."], "gold_answer": "Ann"}
+
+
+def write(file, *rows):
+    text = "".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows)
+    if file.suffix == ".gz":
+        file.write_bytes(gzip.compress(text.encode()))
+    else:
+        file.write_text(text)
+    return file
+
+
+def test_the_formats_of_both_stages(tmp_path):
+    instruct = {"question": "Who?", "docs": ["Ann came."], "gold_answer": "Ann", "answer": "It was Ann who came."}
+    joint = {**GOOD, "answers": ["Ann", "Anna"], "pos_index": [1, 0], "source": "nq"}
+    corpus = {"question": ["Who?"], "answers": ["Ann"], "gold_ids": ["p7", 8]}
+    first, second = read_multidoc(write(tmp_path / "a.jsonl.gz", instruct, joint))
+    assert first.exchange(teacher=True) == ("Who?", "It was Ann who came.")
+    assert first.exchange() == ("Who?", "Ann")
+    assert first.id.endswith("a.jsonl.gz, line 1")
+    assert (second.id, second.answers, second.positives) == ("g", ["Ann", "Anna"], [1, 0])
+    assert second.exchange(teacher=True) == ("Who?", "Ann")
+    third = read_multidoc(write(tmp_path / "b.jsonl", corpus), need_documents=False)[0]
+    assert (third.documents, third.gold_ids) == ([], ["p7", "8"])
+    assert len(read_multidoc([tmp_path / "a.jsonl.gz", tmp_path / "a.jsonl.gz"], limit=3)) == 3
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ("{", "not JSON"),
+        ({**GOOD, "question": " "}, "question must hold one question with text"),
+        ({**GOOD, "question": ["A?", "B?"]}, "question must hold one question with text"),
+        ({**GOOD, "docs": []}, "docs must hold at least one candidate document"),
+        ({**GOOD, "docs": "Ann came."}, "docs must be a list of documents, not str"),
+        ({**GOOD, "docs": ["Ann came.", " "]}, r"docs\[1\] must hold text"),
+        ({**GOOD, "gold_answer": None}, "there is no answer"),
+        ({**GOOD, "answers": ["Ann", ""]}, "answers must hold answers with text"),
+        ({**GOOD, "gold_answer": ""}, "gold_answer must hold answers with text"),
+        ({**GOOD, "pos_index": [2]}, r"pos_index \(2\) must be at least 0 and below the 2 docs"),
+        ({**GOOD, "pos_index": [-1]}, r"pos_index \(-1\) must be at least 0"),
+        ({**GOOD, "pos_index": ["0"]}, "pos_index must hold integers, not '0'"),
+        ({**GOOD, "gold_ids": "p7"}, "gold_ids must be a list of ids, not str"),
+    ],
+)
+def test_bad_rows_are_named(tmp_path, row, message):
+    file = write(tmp_path / "train.jsonl", GOOD, row)
+    with pytest.raises(ValueError, match=f"train.jsonl, line 2: {message}"):
+        read_multidoc(file)
+
+
+def test_no_rows(tmp_path):
+    with pytest.raises(ValueError, match=r"no sample in .*empty\.jsonl"):
+        read_multidoc(write(tmp_path / "empty.jsonl"))

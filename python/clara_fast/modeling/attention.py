@@ -6,7 +6,7 @@ is a :class:`ContextLayout`:
 - those given one as the keyword ``clara_layout``, as :class:`clara_fast.Clara` does;
 - packed sequences, told by ``position_ids`` that start again (``DataCollatorWithFlattening``) or by ``cu_seq_lens_q``
   and ``cu_seq_lens_k``: where sdpa fills a mask of rows times rows, and computes what it hides, this computes neither;
-- on a CPU, prefill and training of a padded batch, for the same reason: 1.5 to 2.4 times as fast there.
+- on a CPU, prefill and training of a padded batch, for the same reason.
 
 Every other pass (an unpadded batch, decode over a cache, a window shorter than a sequence) is a plain one, and goes to
 the library's scaled-dot-product kernel, which is the faster way to the same numbers. Padding rows come out as zeros.

@@ -129,15 +129,13 @@ native_cuda = _load_binary("clara_fast_cuda.so", "CUDA") if torch.version.cuda e
 
 def check_tensors(names: str, *tensors: object) -> None:
     """Raises a TypeError for what is no tensor, and a ValueError for one on another device than the first."""
-    first = tensors[0]
-    for name, tensor in zip(names.split(), tensors):
+    device = getattr(tensors[0], "device", None)
+    for position, tensor in enumerate(tensors):
         if not isinstance(tensor, torch.Tensor):
-            raise TypeError(f"{name} must be a Tensor, got {type(tensor).__name__}")
-        if tensor is not first and tensor.device != first.device:  # type: ignore[attr-defined]
-            raise ValueError(
-                f"{name} must be on the device of {names.split()[0]} ({first.device}), "  # type: ignore[attr-defined]
-                f"is on {tensor.device}"
-            )
+            raise TypeError(f"{names.split()[position]} must be a Tensor, got {type(tensor).__name__}")
+        if position and tensor.device != device:
+            first, name = names.split()[0], names.split()[position]
+            raise ValueError(f"{name} must be on the device of {first} ({device}), is on {tensor.device}")
 
 
 def check_integer(name: str, value: object) -> None:

@@ -152,28 +152,27 @@ _op = _library.define(
 
 def _check(queries: Tensor, keys: Tensor, k: int, key_scales: Tensor | None) -> None:
     _library.check_tensors("queries keys", queries, keys)
-    if queries.dim() != 2 or queries.dtype not in _library.FLOAT_DTYPES:
-        raise ValueError(f"queries must be floating point [B, R], got {queries.dtype} {list(queries.shape)}")
-    if keys.dim() != 2 or keys.shape[1] != queries.shape[1]:
-        raise ValueError(f"keys must have shape [N, R] with R = {queries.shape[1]}, got {list(keys.shape)}")
-    if keys.dtype in _QUANTISED:
+    q_shape, k_shape, dtype = queries.shape, keys.shape, keys.dtype
+    if len(q_shape) != 2 or queries.dtype not in _library.FLOAT_DTYPES:
+        raise ValueError(f"queries must be floating point [B, R], got {queries.dtype} {list(q_shape)}")
+    if len(k_shape) != 2 or k_shape[1] != q_shape[1]:
+        raise ValueError(f"keys must have shape [N, R] with R = {q_shape[1]}, got {list(k_shape)}")
+    if dtype in _QUANTISED:
         got = None
         if key_scales is not None:
             _library.check_tensors("queries key_scales", queries, key_scales)
             got = f"{key_scales.dtype} {list(key_scales.shape)}"
-        if key_scales is None or key_scales.shape != keys.shape[:1] or not key_scales.is_floating_point():
-            raise ValueError(
-                f"key_scales must be floating point [N] = {list(keys.shape[:1])} for {keys.dtype} keys, got {got}"
-            )
-    elif keys.dtype not in _library.FLOAT_DTYPES:
-        raise ValueError(f"keys must be floating point, int8 or float8_e4m3fn, got {keys.dtype}")
+        if key_scales is None or key_scales.shape != k_shape[:1] or not key_scales.is_floating_point():
+            raise ValueError(f"key_scales must be floating point [N] = {list(k_shape[:1])} for {dtype} keys, got {got}")
+    elif dtype not in _library.FLOAT_DTYPES:
+        raise ValueError(f"keys must be floating point, int8 or float8_e4m3fn, got {dtype}")
     elif key_scales is not None:
-        raise ValueError(f"key_scales must be None for {keys.dtype} keys")
+        raise ValueError(f"key_scales must be None for {dtype} keys")
     _library.check_integer("k", k)
     if k < 0:
         raise ValueError(f"k ({k}) must not be negative")
-    if k > keys.shape[0]:
-        raise ValueError(f"k ({k}) must be at most the number of keys ({keys.shape[0]})")
+    if k > k_shape[0]:
+        raise ValueError(f"k ({k}) must be at most the number of keys ({k_shape[0]})")
 
 
 def cosine_topk(queries: Tensor, keys: Tensor, k: int, *, key_scales: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -83,6 +83,15 @@ void convert_to_floats(const void* row, int64_t n, void* out) {
   for_columns(0, n, [&](int64_t i, auto columns) { store(y + i, load(x + i, columns), columns); });
 }
 
+void add_spans(const float* parts, int64_t num_keys, double* totals, float* dots, bool first) {
+  for (int64_t j = 0; j < num_keys; ++j, parts += kLanes, totals += kLanes, dots += kLanes) {
+    double sums[kLanes];
+    for (int64_t lane = 0; lane < kLanes; ++lane) sums[lane] = (first ? 0.0 : totals[lane]) + parts[lane];
+    for (int64_t lane = 0; lane < kLanes; ++lane) totals[lane] = sums[lane];
+    for (int64_t lane = 0; lane < kLanes; ++lane) dots[lane] = static_cast<float>(sums[lane]);
+  }
+}
+
 bool inverse_lengths(const float* squares, int64_t n, float smallest, float largest, float* factors) {
   bool plain = true;
   for (int64_t j = 0; j < n; ++j) {
@@ -139,6 +148,7 @@ constexpr SearchKernels make_search_kernels() {
   add_storage<int8_t>(search, Storage::kInt8);
   add_storage<f8e4m3>(search, Storage::kFloat8);
   search.tile[static_cast<int>(Format::kFloats)] = &tile<FloatTile>;
+  search.add_spans = &add_spans;
   search.inverse_lengths = &inverse_lengths;
   search.pick = &pick;
   return search;

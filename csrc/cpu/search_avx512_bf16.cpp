@@ -291,7 +291,7 @@ void int8_to_pairs(const void* row, int64_t n, void* out) {
 }
 
 void join_digits(const int32_t* digits, int64_t term_stride, const int32_t* key_sums, int64_t num_keys,
-                 const float* units, float* dots, bool first) {
+                 const float* units, float* dots) {
   // Every step before the last is exact: the digit sums make an integer of less than 53 bits.
   const auto eight = [](const int32_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); };
   for (int64_t j = 0; j < num_keys; ++j) {
@@ -303,10 +303,8 @@ void join_digits(const int32_t* digits, int64_t term_stride, const int32_t* key_
       const __m512d high = _mm512_cvtepi32_pd(_mm256_sub_epi32(eight(digit + 2 * term_stride), offset));
       const __m512d whole =
           _mm512_fmadd_pd(high, _mm512_set1_pd(65536.0), _mm512_fmadd_pd(middle, _mm512_set1_pd(256.0), low));
-      float* out = dots + j * kLanes + lane;
-      const __m256 dot =
-          _mm512_cvtpd_ps(_mm512_mul_pd(whole, _mm512_cvtps_pd(_mm256_loadu_ps(units + lane))));
-      _mm256_storeu_ps(out, first ? dot : _mm256_add_ps(_mm256_loadu_ps(out), dot));
+      _mm256_storeu_ps(dots + j * kLanes + lane,
+                       _mm512_cvtpd_ps(_mm512_mul_pd(whole, _mm512_cvtps_pd(_mm256_loadu_ps(units + lane)))));
     }
   }
 }

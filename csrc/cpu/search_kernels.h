@@ -30,12 +30,17 @@ enum class Format {
 constexpr int64_t kTerms = 3;
 constexpr int32_t kDigitOffset = 1 << 23;  // added to the integer, so that no digit is negative
 
-// What the keys themselves contribute. Int32 sums are exact up to kExactColumns columns.
+// What the keys themselves contribute.
 struct KeySums {
   float* squares;
   int32_t* sums;  // kDigits only
 };
-constexpr int64_t kExactColumns = 65536;
+
+// Columns whose sums stay in float32 or int32; longer rows add up such sums in float64. `stream` has shorter
+// chains of additions, a vector of them side by side, and wants rows as long as they are; int32 sums of
+// digits are exact up to 65536 columns.
+constexpr int64_t kStreamSpan = 12288;
+constexpr int64_t kTileSpan = 3072;  // a multiple of what `tile` adds up at a time
 
 // `count` keys `stride` bytes apart, read once and in order, with `num_rows` rows of n columns (and zeros up
 // to a multiple of 64): outs[r][j * kLanes] = the float32 or int32 dot of row r and key j, sums set.
@@ -65,10 +70,11 @@ struct SearchKernels {
   SumKeys sum_keys[static_cast<int>(Storage::kCount)];
   SumKeys sum_digits;  // of int8 keys, exact
   Convert convert[static_cast<int>(Format::kCount)][static_cast<int>(Storage::kCount)];
-  // dots[i] (+)= the value of the three digit sums at digits + i, + kTerms strides; `key_sums` one per
-  // kLanes.
+  // dots[i] = the value of the three digit sums at digits + i, + kTerms strides; `key_sums` one per kLanes.
   void (*join_digits)(const int32_t* digits, int64_t term_stride, const int32_t* key_sums, int64_t num_keys,
-                      const float* units, float* dots, bool first);
+                      const float* units, float* dots);
+  // totals[i] += parts[i] (= where `first`), rounded to dots[i], which may be parts[i].
+  void (*add_spans)(const float* parts, int64_t num_keys, double* totals, float* dots, bool first);
   // factors[j] = 1 / length of key j; false where some square is not between `smallest` and `largest`.
   bool (*inverse_lengths)(const float* squares, int64_t n, float smallest, float largest, float* factors);
   // The scores dots * factor of the key * factor of the lane that do not lie at or below the lane's threshold

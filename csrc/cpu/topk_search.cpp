@@ -5,11 +5,6 @@
 namespace clara_fast::cpu {
 namespace {
 
-// Digit sums are exact over so many columns; the other formats add up all of them.
-int64_t span_of(const Plan& plan, int64_t columns) {
-  return plan.format == Format::kDigits ? std::min(columns, kExactColumns) : columns;
-}
-
 Storage stored_as(Format format) {
   return format == Format::kPairs    ? Storage::kBFloat16
          : format == Format::kDigits ? Storage::kInt8
@@ -24,15 +19,16 @@ Search::Search(const KeyBank& keys, const Plan& plan, const Queries& queries, co
       queries_(queries),
       operands_(operands),
       kernels_(search_kernels()),
+      span_(plan.streams ? kStreamSpan : kTileSpan),
       sums_(operands.panels() * plan.terms * kBlockSums),
-      dots_(plan.terms == 1 ? 0 : operands.panels() * kBlockSums),
+      dots_(plan.terms == 1 && keys.columns <= span_ ? 0 : operands.panels() * kBlockSums),
+      totals_(keys.columns <= span_ ? 0 : operands.panels() * kBlockSums),
       converted_(plan.streams ? 0 : kKeyBlock * kGroups),
       hits_(kBlockSums),
       thresholds_(operands.panels() * kLanes) {}
 
 const float* Search::dots(int64_t panel) const {
-  return (plan_.terms == 1 ? reinterpret_cast<const float*>(sums_.data()) : dots_.data()) +
-         panel * kBlockSums;
+  return (dots_.empty() ? reinterpret_cast<const float*>(sums_.data()) : dots_.data()) + panel * kBlockSums;
 }
 
 void Search::run(int64_t begin, int64_t end, Best* best) {
@@ -65,10 +61,9 @@ void Search::stream(int64_t first, int64_t count) {
   const void* rows[kStreamRows * kTerms];
   void* outs[kStreamRows * kTerms];
   const int64_t num_rows = operands_.count() * plan_.terms;
-  const int64_t span = span_of(plan_, keys_.columns);
   const int64_t bytes = element_size(keys_.storage);
-  std::fill_n(squares_, count, 0.0f);
-  for (int64_t column = 0; column < keys_.columns; column += span) {
+  std::fill_n(squares_, count, 0.0);
+  for (int64_t column = 0; column < keys_.columns; column += span_) {
     for (int64_t r = 0; r < num_rows; ++r) {
       rows[r] = operands_.row(r / plan_.terms, r % plan_.terms, column);
       outs[r] = sums_.data() + r % plan_.terms * kBlockSums + r / plan_.terms;
@@ -76,26 +71,27 @@ void Search::stream(int64_t first, int64_t count) {
     float squares[kKeyBlock];
     kernels_.stream[static_cast<int>(plan_.format)][static_cast<int>(keys_.storage)](
         static_cast<const char*>(keys_.rows[first]) + column * bytes, keys_.rows.stride, count,
-        std::min(span, keys_.columns - column), rows, num_rows, outs, {squares, key_sums_});
-    for (int64_t j = 0; j < count; ++j) squares_[j] += squares[j];
+        std::min(span_, keys_.columns - column), rows, num_rows, outs, {squares, key_sums_});
+    add_squares(count, squares);
     join(count, column == 0);
   }
 }
 
 void Search::multiply(int64_t first, int64_t count) {
   const int64_t step = kGroups * 4 / element_bytes(plan_.format);
-  const int64_t span = span_of(plan_, keys_.columns);
   const int64_t bytes = element_size(keys_.storage);
   const bool digits = plan_.format == Format::kDigits;
   const SumKeys sum_keys = digits ? kernels_.sum_digits : kernels_.sum_keys[static_cast<int>(keys_.storage)];
-  std::fill_n(squares_, count, 0.0f);
-  for (int64_t begin = 0; begin < keys_.columns; begin += span) {
-    const int64_t end = std::min(begin + span, keys_.columns);
+  std::fill_n(squares_, count, 0.0);
+  for (int64_t begin = 0; begin < keys_.columns; begin += span_) {
+    const int64_t end = std::min(begin + span_, keys_.columns);
     std::fill_n(key_sums_, count, 0);
     for (int64_t column = begin; column < end; column += step) {
       const int64_t n = std::min(step, end - column);
+      float squares[kKeyBlock] = {};
       sum_keys(static_cast<const char*>(keys_.rows[first]) + column * bytes, keys_.rows.stride, count, n,
-               {squares_, digits ? key_sums_ : nullptr});
+               {squares, digits ? key_sums_ : nullptr});
+      add_squares(count, squares);
       int64_t stride;
       const void* block = block_of(first, count, column, n, &stride);
       kernels_.tile[static_cast<int>(plan_.format)](
@@ -129,34 +125,43 @@ const void* Search::block_of(int64_t first, int64_t count, int64_t column, int64
   return block;
 }
 
-// Dots from the sums of several terms.
+// Dots from the sums of several terms, and of several spans.
 void Search::join(int64_t count, bool first) {
-  if (plan_.terms == 1) return;
+  if (dots_.empty()) return;
   for (int64_t panel = 0; panel < operands_.panels(); ++panel) {
-    const int32_t* sums = sums_.data() + panel * kTerms * kBlockSums;
+    const int32_t* sums = sums_.data() + panel * plan_.terms * kBlockSums;
+    const float* terms = reinterpret_cast<const float*>(sums);
     float* dots = dots_.data() + panel * kBlockSums;
     if (plan_.format == Format::kDigits) {
-      kernels_.join_digits(sums, kBlockSums, key_sums_, count, operands_.units(panel), dots, first);
-    } else {
-      const float* terms = reinterpret_cast<const float*>(sums);
+      kernels_.join_digits(sums, kBlockSums, key_sums_, count, operands_.units(panel), dots);
+    } else if (plan_.terms > 1) {
       for (int64_t i = 0; i < count * kLanes; ++i) {
         dots[i] = terms[i] + (terms[kBlockSums + i] + terms[2 * kBlockSums + i]);
       }
     }
+    if (totals_.empty()) continue;
+    kernels_.add_spans(plan_.terms > 1 ? dots : terms, count, totals_.data() + panel * kBlockSums, dots,
+                       first);
   }
+}
+
+void Search::add_squares(int64_t count, const float* part) {
+  for (int64_t j = 0; j < count; ++j) squares_[j] += part[j];
 }
 
 // Lengths and kinds of a block of keys.
 void Search::measure(int64_t first, int64_t count) {
   bool plain = true;
+  float squares[kKeyBlock];
+  for (int64_t j = 0; j < count; ++j) squares[j] = static_cast<float>(squares_[j]);
   for (int64_t j = 0; j < count && keys_.scales != nullptr; ++j) {
     const float scale = keys_.scales[first + j];
     plain &= scale > 0.0f && scale <= std::numeric_limits<float>::max();
   }
   std::fill_n(kinds_, count, KeyKind::kPlain);
-  if (kernels_.inverse_lengths(squares_, count, kSmallestSquare, kLargestSquare, factors_) && plain) return;
+  if (kernels_.inverse_lengths(squares, count, kSmallestSquare, kLargestSquare, factors_) && plain) return;
   for (int64_t j = 0; j < count; ++j) {
-    const KeyFactor key = key_factor(keys_.kernels_of(), keys_.rows[first + j], keys_.columns, squares_[j],
+    const KeyFactor key = key_factor(keys_.kernels_of(), keys_.rows[first + j], keys_.columns, squares[j],
                                      keys_.scale(first + j));
     factors_[j] = key.factor;
     kinds_[j] = key.kind;

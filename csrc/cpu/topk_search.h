@@ -31,6 +31,7 @@ class Search {
   void stream(int64_t first, int64_t count);
   void multiply(int64_t first, int64_t count);
   void join(int64_t count, bool first);
+  void add_squares(int64_t count, const float* part);
   void measure(int64_t first, int64_t count);
   const void* block_of(int64_t first, int64_t count, int64_t column, int64_t n, int64_t* stride);
   const float* dots(int64_t panel) const;
@@ -40,13 +41,17 @@ class Search {
   const Queries& queries_;
   const Operands& operands_;
   const SearchKernels& kernels_;
-  // sums[panel][term][key][lane], float32 or int32; dots_[panel][key][lane] where they differ from these.
+  const int64_t span_;  // columns
+  // sums[panel][term][key][lane] of a span, float32 or int32; dots_[panel][key][lane] where they differ from
+  // these, totals_ where there are several spans.
   std::vector<int32_t> sums_;
   std::vector<float> dots_;
+  std::vector<double> totals_;
   std::vector<int32_t> converted_;  // a block of keys over the groups that `tile` takes at a time
   std::vector<Hit> hits_;
   std::vector<float> thresholds_;
-  float squares_[kKeyBlock], factors_[kKeyBlock];
+  double squares_[kKeyBlock];
+  float factors_[kKeyBlock];
   int32_t key_sums_[kKeyBlock];
   KeyKind kinds_[kKeyBlock];
 };

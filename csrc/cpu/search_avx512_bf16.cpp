@@ -80,12 +80,13 @@ inline void sums_of(const __m512 v[kGroupKeys], float* out) {
   _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps(all, 1)));
 }
 inline void sums_of(const __m512i v[kGroupKeys], int32_t* out) {
-  __m256i half[kGroupKeys];
-  for (int t = 0; t < kGroupKeys; ++t) {
-    half[t] = _mm256_add_epi32(_mm512_castsi512_si256(v[t]), _mm512_extracti64x4_epi64(v[t], 1));
-  }
-  const __m256i all =
-      _mm256_hadd_epi32(_mm256_hadd_epi32(half[0], half[1]), _mm256_hadd_epi32(half[2], half[3]));
+  const auto pairs = [](__m512i a, __m512i b) {
+    return _mm512_add_epi32(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
+  };
+  const __m512i low = pairs(v[0], v[1]);
+  const __m512i high = pairs(v[2], v[3]);
+  const __m512i fours = _mm512_add_epi32(_mm512_unpacklo_epi64(low, high), _mm512_unpackhi_epi64(low, high));
+  const __m256i all = _mm256_add_epi32(_mm512_castsi512_si256(fours), _mm512_extracti64x4_epi64(fours, 1));
   _mm_storeu_si128(reinterpret_cast<__m128i*>(out),
                    _mm_add_epi32(_mm256_castsi256_si128(all), _mm256_extracti128_si256(all, 1)));
 }
@@ -210,6 +211,21 @@ void stream(const void* keys, int64_t stride, int64_t count, int64_t n, const vo
   }
 }
 
+// The digits of up to four whole queries at a time: no row is computed in vain.
+void stream_digits(const void* keys, int64_t stride, int64_t count, int64_t n, const void* const* rows,
+                   int64_t num_rows, void* const* outs, KeySums sums) {
+  constexpr int kQuery = static_cast<int>(kTerms);
+  const char* key = static_cast<const char*>(keys);
+  for (int64_t r = 0; r < num_rows; r += 4 * kQuery) {
+    const int64_t left = num_rows - r < 4 * kQuery ? num_rows - r : 4 * kQuery;
+    const auto some = left == kQuery       ? &stream_rows<DigitStream, kQuery>
+                      : left == 2 * kQuery ? &stream_rows<DigitStream, 2 * kQuery>
+                      : left == 3 * kQuery ? &stream_rows<DigitStream, 3 * kQuery>
+                                           : &stream_rows<DigitStream, 4 * kQuery>;
+    some(key, stride, count, n, rows + r, left, outs + r, sums);
+  }
+}
+
 struct Lanes {
   static constexpr int kVectorsPerPanel = 1;
   static constexpr int kSums = 24;
@@ -322,7 +338,7 @@ void add_avx512_bf16(SearchKernels& search) {
   search.stream[kPairs][kF8] = &stream<PairStream<Float8Keys, TimesPairs>>;
   search.stream[kHalves][kBf16] = &stream<PairStream<BFloat16Keys, TimesHalves>>;
   search.stream[kHalves][kF8] = &stream<PairStream<Float8Keys, TimesHalves>>;
-  search.stream[kDigits][kInt8] = &stream<DigitStream>;
+  search.stream[kDigits][kInt8] = &stream_digits;
   search.tile[kPairs] = &tile<PairTile>;
   search.tile[kDigits] = &tile<DigitTile>;
   search.sum_keys[kBf16] = &sum_keys<PairStream<BFloat16Keys, TimesPairs>>;

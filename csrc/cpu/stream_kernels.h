@@ -34,15 +34,19 @@ inline void stream_keys(const char* keys, int64_t stride, int64_t begin, int64_t
     });
   });
   const auto step = [&](int64_t i, auto u, auto columns) CLARA_FAST_INLINE {
+    decltype(P::load(keys, columns)) loaded[kKeys];
     unrolled<kKeys>([&](auto k) CLARA_FAST_INLINE {
       const char* key = keys + k * stride + i * kSize;
       __builtin_prefetch(key + kAhead, 0, 2);
-      const auto loaded = P::load(key, columns);
-      unrolled<kRows>([&](auto r) CLARA_FAST_INLINE {
-        dots[r][k][u] = P::dot(loaded, rows[r] + i * P::kRowBytes, dots[r][k][u]);
-      });
+      loaded[k] = P::load(key, columns);
       unrolled<kNorms>([&](auto m)
-                           CLARA_FAST_INLINE { norms[m][k][u] = P::norm(m, loaded, norms[m][k][u]); });
+                           CLARA_FAST_INLINE { norms[m][k][u] = P::norm(m, loaded[k], norms[m][k][u]); });
+    });
+    // Each load of a row serves all keys.
+    unrolled<kRows>([&](auto r) CLARA_FAST_INLINE {
+      unrolled<kKeys>([&](auto k) CLARA_FAST_INLINE {
+        dots[r][k][u] = P::dot(loaded[k], rows[r] + i * P::kRowBytes, dots[r][k][u]);
+      });
     });
   };
   int64_t i = begin;
@@ -76,7 +80,7 @@ void stream_rows(const char* keys, int64_t stride, int64_t count, int64_t n, con
     typename P::Vector totals[kRows + P::kNorms][kGroupKeys];
     // Few rows: each key to its end, as memory is read fastest. More: these columns of the rows for all the
     // keys.
-    const int64_t columns = kRows <= 2 ? n : columns_at_a_time<P, kRows>;
+    const int64_t columns = kRows <= 3 ? n : columns_at_a_time<P, kRows>;
     for (int64_t from = 0; from < n; from += columns) {
       const int64_t to = n - from < columns ? n : from + columns;
       for (int64_t t = 0; t < kGroupKeys; t += kKeys) {

@@ -200,7 +200,7 @@ std::tuple<Tensor, Tensor> pool_memory_backward(Tensor grad_memory, Tensor grad_
   check_type(grad_mse, "grad_mse", ScalarType::Float);
   check_shape(difference, "difference", {pool.segments, columns});
   check_type(difference, "difference", ScalarType::Float);
-  Tensor grad_hidden = torch::stable::new_empty(hidden, hidden.sizes());
+  Tensor grad_hidden = new_large(hidden, hidden.sizes());
   Tensor grad_weight = torch::stable::new_empty(hidden, {pool.normed() ? columns : 0}, ScalarType::Float);
   const Rows memory_rows(grad_memory, pool.storage, columns);
   const MutableRows hidden_rows(grad_hidden, pool.storage, columns);

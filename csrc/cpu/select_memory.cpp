@@ -42,30 +42,38 @@ struct Candidates {
   bool valid(int64_t b, int64_t i) const { return valid_mask == nullptr || valid_mask[b * count + i]; }
 };
 
-// d loss / d logit of every candidate of one row: sum over slots j of p_j * (a_j - <p_j, a_j>), where p_j is
-// the softmax over what the slots before j left. `affinity` is a [k, N]; `logits` is scratch and holds the
-// logits.
-void logit_gradient(const float* affinity, const int64_t* indices, int64_t k, int64_t count,
-                    double taken_logit, double* logits, double* soft, double* gradient) {
-  std::fill_n(gradient, count, 0.0);
-  for (int64_t j = 0; j < k && indices[j] >= 0; ++j) {
-    const float* a = affinity + j * count;
-    double highest = -std::numeric_limits<double>::infinity();
-    for (int64_t i = 0; i < count; ++i) highest = std::max(highest, logits[i]);
-    double total = 0.0;
-    double mean = 0.0;
-    for (int64_t i = 0; i < count; ++i) {
-      soft[i] = std::exp(logits[i] - highest);
-      total += soft[i];
-      if (soft[i] != 0.0) mean += soft[i] * a[i];
+// The softmax p_j of every slot j of one row of the batch, over what the slots before it left. Kept as its
+// logarithm's normaliser, so that nothing of size [k, N] is.
+struct Slots {
+  const int64_t* indices;  // [k], -1 from the first slot that is empty
+  int64_t count;           // slots before that
+  double taken_logit;
+  const double* logits;  // [N], -inf where not valid
+  double* normaliser;    // [k]
+
+  // `left` is scratch of N.
+  void normalise(int64_t num_candidates, double* left) {
+    std::copy_n(logits, num_candidates, left);
+    for (int64_t j = 0; j < count; ++j) {
+      const double highest = *std::max_element(left, left + num_candidates);
+      double total = 0.0;
+      for (int64_t i = 0; i < num_candidates; ++i) total += std::exp(left[i] - highest);
+      normaliser[j] = highest + std::log(total);
+      left[indices[j]] += taken_logit;
     }
-    mean /= total;
-    for (int64_t i = 0; i < count; ++i) {
-      if (soft[i] != 0.0) gradient[i] += soft[i] / total * (a[i] - mean);
-    }
-    logits[indices[j]] += taken_logit;
   }
-}
+
+  // Calls visit(j, p_ji) for every slot whose p_ji is not 0.
+  template <class Visit>
+  void visit(int64_t candidate, Visit visit) const {
+    double logit = logits[candidate];
+    for (int64_t j = 0; j < count; ++j) {
+      const double share = std::exp(logit - normaliser[j]);
+      if (share != 0.0) visit(j, share);
+      if (indices[j] == candidate) logit += taken_logit;
+    }
+  }
+};
 
 }  // namespace
 
@@ -145,7 +153,8 @@ std::tuple<Tensor, Tensor, Tensor> select_memory_forward(Tensor query, Tensor ke
 
 namespace {
 
-// Gradients with respect to memory and <grad_selected_j, memory_i>, in one pass over the candidates.
+// Gradients with respect to memory and, of a_ji = <grad_selected_j, memory_i>, the sums that d loss / d
+// logit_i = sum_j p_ji (a_ji - sum_i' p_ji' a_ji') is made of, in one pass over the candidates.
 struct MemoryPass {
   const Candidates& all;
   const RowKernels& grad_rows_of;
@@ -155,15 +164,17 @@ struct MemoryPass {
   MutableRows grad_memories;
   int64_t grad_bytes, memory_bytes;
   const int64_t* index;
-  float* affinity;  // [B, k, N]
+  const Slots* slots;  // [B]
+  int64_t parts;       // of a row's candidates, each summed up by itself: the sums do not depend on threads
+  float* affinity;     // [B, parts, k, kTileKeys] scratch
+  double* own;         // [B, N] sum_j p_ji a_ji
+  double* means;       // [B, parts, k] sum_i p_ji a_ji
 
   // a of every slot and up to kTileKeys candidates of row b, a chunk of columns at a time.
-  void affinities(int64_t b, const int64_t* members, int64_t used) const {
+  void affinities(int64_t b, const int64_t* members, int64_t used, float* a) const {
     float wide[kTileKeys * kChunk];
     float grad[kChunk];
-    for (int64_t j = 0; j < k; ++j) {
-      for (int64_t t = 0; t < used; ++t) affinity[(b * k + j) * all.count + members[t]] = 0.0f;
-    }
+    std::fill_n(a, k * kTileKeys, 0.0f);
     for (int64_t column = 0; column < all.memory_columns; column += kChunk) {
       const int64_t n = std::min(kChunk, all.memory_columns - column);
       const int64_t padded = ceil_div(n, kPad) * kPad;
@@ -178,7 +189,7 @@ struct MemoryPass {
         grad_rows_of.widen(row, n, padded, grad);
         float dots[kTileKeys] = {};
         kernels().block_dots(wide, kChunk, used, grad, kChunk, 1, padded, dots, kTileKeys);
-        for (int64_t t = 0; t < used; ++t) affinity[(b * k + j) * all.count + members[t]] += dots[t];
+        for (int64_t t = 0; t < used; ++t) a[j * kTileKeys + t] += dots[t];
       }
     }
   }
@@ -208,20 +219,35 @@ struct MemoryPass {
 
   void run() const {
     const int64_t tiles = ceil_div(all.count, kTileKeys);
-    torch::stable::parallel_for(0, all.batch * tiles, grain(kTileKeys * all.memory_columns * k),
-                                [&](int64_t first, int64_t last) {
-                                  for (int64_t item = first; item < last; ++item) {
-                                    const int64_t b = item / tiles;
-                                    const int64_t begin = item % tiles * kTileKeys;
-                                    int64_t members[kTileKeys];  // invalid candidates are never read
-                                    int64_t used = 0;
-                                    for (int64_t i = begin; i < std::min(begin + kTileKeys, all.count); ++i) {
-                                      if (all.valid(b, i)) members[used++] = i;
-                                      gather(b, i);
-                                    }
-                                    if (used > 0) affinities(b, members, used);
-                                  }
-                                });
+    const int64_t work = grain(ceil_div(tiles, parts) * kTileKeys * all.memory_columns * k);
+    torch::stable::parallel_for(0, all.batch * parts, work, [&](int64_t first, int64_t last) {
+      for (int64_t item = first; item < last; ++item) {
+        const int64_t b = item / parts;
+        const int64_t end = part_begin(tiles, item % parts + 1, parts);
+        for (int64_t tile = part_begin(tiles, item % parts, parts); tile < end; ++tile) {
+          run_tile(b, tile * kTileKeys, affinity + item * k * kTileKeys, means + item * k);
+        }
+      }
+    });
+  }
+
+  void run_tile(int64_t b, int64_t begin, float* a, double* mean) const {
+    int64_t members[kTileKeys];  // invalid candidates are never read
+    int64_t used = 0;
+    for (int64_t i = begin; i < std::min(begin + kTileKeys, all.count); ++i) {
+      if (all.valid(b, i)) members[used++] = i;
+      gather(b, i);
+    }
+    if (used == 0) return;
+    affinities(b, members, used, a);
+    for (int64_t t = 0; t < used; ++t) {
+      double sum = 0.0;
+      slots[b].visit(members[t], [&](int64_t j, double share) {
+        sum += share * a[j * kTileKeys + t];
+        mean[j] += share * a[j * kTileKeys + t];
+      });
+      own[b * all.count + members[t]] = sum;
+    }
   }
 };
 
@@ -267,10 +293,32 @@ std::tuple<Tensor, Tensor, Tensor> select_memory_backward(Tensor grad_selected, 
                     ") must be at least -1 and below the number of candidates (", all.count, ")");
   }
   Tensor grad_query = torch::stable::new_empty(query, query.sizes());
-  Tensor grad_keys = torch::stable::new_empty(keys, keys.sizes());
-  Tensor grad_memory = torch::stable::new_empty(memory, memory.sizes());
+  Tensor grad_keys = new_large(keys, keys.sizes());
+  Tensor grad_memory = new_large(memory, memory.sizes());
 
-  std::vector<float> affinity(all.batch * k * all.count);
+  // Logits and each slot's softmax
+  const float* score = static_cast<const float*>(scores.const_data_ptr());
+  const int64_t total = all.batch * all.count;
+  std::vector<double> logits(total), own(total), normalisers(all.batch * k);
+  std::vector<Slots> slots(all.batch);
+  torch::stable::parallel_for(0, all.batch, grain(all.count * (k + 1)), [&](int64_t first, int64_t last) {
+    for (int64_t b = first; b < last; ++b) {
+      double* logit = logits.data() + b * all.count;
+      for (int64_t i = 0; i < all.count; ++i) {
+        logit[i] = all.valid(b, i) ? score[b * all.count + i] / temperature
+                                   : -std::numeric_limits<double>::infinity();
+      }
+      const int64_t* row = index + b * k;
+      slots[b] = {row, std::find_if(row, row + k, [](int64_t i) { return i < 0; }) - row, taken_logit, logit,
+                  normalisers.data() + b * k};
+      slots[b].normalise(all.count, own.data() + b * all.count);
+    }
+  });
+
+  constexpr int64_t kParts = 16;
+  const int64_t parts = std::clamp<int64_t>(ceil_div(all.count, kTileKeys), 1, kParts);
+  std::vector<float> affinity(all.batch * parts * k * kTileKeys);
+  std::vector<double> means(all.batch * parts * k);
   const MemoryPass memory_pass{all,
                                kernels()[grad_storage],
                                kernels()[memory_storage],
@@ -281,18 +329,19 @@ std::tuple<Tensor, Tensor, Tensor> select_memory_backward(Tensor grad_selected, 
                                element_size(grad_storage),
                                element_size(memory_storage),
                                index,
-                               affinity.data()};
+                               slots.data(),
+                               parts,
+                               affinity.data(),
+                               own.data(),
+                               means.data()};
   memory_pass.run();
 
   // Lengths and the coefficients of the cosine's backward
   const Rows key_rows(keys, all.storage, all.columns);
   const Rows query_rows(query, all.storage, all.columns);
-  const float* score = static_cast<const float*>(scores.const_data_ptr());
   const float* score_gradient = static_cast<const float*>(grad_scores.const_data_ptr());
-  const int64_t total = all.batch * all.count;
   KeyCoefficients of{std::vector<float>(total), std::vector<float>(total), std::vector<float>(total),
                      std::vector<float>(all.batch), std::vector<float>(all.batch)};
-  std::vector<double> work(all.batch * 3 * all.count);
   std::vector<float> wide_query(all.batch * all.columns);
   torch::stable::parallel_for(
       0, all.batch, grain(all.count * (all.columns + k)), [&](int64_t first, int64_t last) {
@@ -303,15 +352,10 @@ std::tuple<Tensor, Tensor, Tensor> select_memory_backward(Tensor grad_selected, 
           const double unit = query_norm == 0.0 ? 0.0 : 1.0 / query_norm;
           of.unit[b] = static_cast<float>(unit);
 
-          double* logits = work.data() + b * 3 * all.count;
-          double* soft = logits + all.count;
-          double* gradient = soft + all.count;
-          for (int64_t i = 0; i < all.count; ++i) {
-            logits[i] = all.valid(b, i) ? score[b * all.count + i] / temperature
-                                        : -std::numeric_limits<double>::infinity();
+          double* mean = means.data() + b * parts * k;  // of all parts, in the first one's place
+          for (int64_t part = 1; part < parts; ++part) {
+            for (int64_t j = 0; j < k; ++j) mean[j] += mean[part * k + j];
           }
-          logit_gradient(affinity.data() + b * k * all.count, index + b * k, k, all.count, taken_logit,
-                         logits, soft, gradient);
 
           double self = 0.0;
           for (int64_t i = 0; i < all.count; ++i) {
@@ -319,7 +363,9 @@ std::tuple<Tensor, Tensor, Tensor> select_memory_backward(Tensor grad_selected, 
             if (!all.valid(b, i) || unit == 0.0) continue;
             const double norm = key_norm(all.rows, key_rows[at], all.columns);
             if (norm == 0.0) continue;
-            const double cosine_gradient = gradient[i] / temperature + score_gradient[at];
+            double gradient = own[at];
+            slots[b].visit(i, [&](int64_t j, double share) { gradient -= share * mean[j]; });
+            const double cosine_gradient = gradient / temperature + score_gradient[at];
             of.query[at] = static_cast<float>(cosine_gradient * unit / norm);
             of.key[at] = static_cast<float>(cosine_gradient / norm);
             of.pull[at] = static_cast<float>(score[at] / norm);

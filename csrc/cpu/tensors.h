@@ -7,6 +7,10 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include <algorithm>
 #include <cstdint>
 #include <optional>
@@ -78,6 +82,23 @@ struct MutableRows {
       : data(static_cast<char*>(tensor.mutable_data_ptr())), stride(columns * element_size(storage)) {}
   void* operator[](int64_t row) const { return data + row * stride; }
 };
+
+// An uninitialised output in the type of `like`. Where it is large its memory is fresh from the system, which
+// hands it over page by page as it is first written: at 4 KiB a page that costs more than the writing, so
+// larger pages are asked for. A hint, which the system may ignore.
+template <class Sizes>
+Tensor new_large(const Tensor& like, const Sizes& sizes) {
+  Tensor tensor = torch::stable::new_empty(like, sizes);
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr uintptr_t kHugePage = uintptr_t{2} << 20;
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(tensor.mutable_data_ptr());
+  const uintptr_t end = begin + static_cast<uintptr_t>(tensor.numel()) * tensor.element_size();
+  const uintptr_t first = (begin + kHugePage - 1) / kHugePage * kHugePage;
+  const uintptr_t last = end / kHugePage * kHugePage;
+  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#endif
+  return tensor;
+}
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 

@@ -8,8 +8,8 @@ is a :class:`ContextLayout`:
   and ``cu_seq_lens_k``: where sdpa fills a mask of rows times rows, and computes what it hides, this computes neither;
 - on a CPU, prefill and training of a padded batch, for the same reason.
 
-Every other pass (an unpadded batch, decode over a cache, a window shorter than a sequence) is a plain one, and goes to
-the library's scaled-dot-product kernel, which is the faster way to the same numbers. Padding rows come out as zeros.
+Every other pass (an unpadded batch, decode over a cache, a window shorter than a sequence) goes to the library's
+scaled-dot-product kernel. Padding rows come out as zeros.
 """
 
 from __future__ import annotations

@@ -12,8 +12,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from clara_fast import Clara
+from clara_fast.data.scp import ScpSample
 from clara_fast.modeling import roles
-from clara_fast.training.data import ScpSample
 
 SMOLLM2_LAYERS, SMOLLM2_VOCABULARY = 30, 49152
 CHAT_TEMPLATE = (

@@ -17,8 +17,10 @@ MAY_IMPORT = {
     "ops": {"triton_kernels"},
     "store": {"ops"},
     "modeling": {"ops"},
-    "training": {"ops", "store", "modeling"},
-    "cli": {"ops", "store", "modeling", "training", "benchmarks"},
+    "data": set(),
+    "evaluation": {"ops", "store", "modeling", "data"},
+    "training": {"ops", "store", "modeling", "data", "evaluation"},
+    "cli": {"ops", "store", "modeling", "data", "evaluation", "training", "benchmarks"},
 }
 
 

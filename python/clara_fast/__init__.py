@@ -48,7 +48,7 @@ _HOME_OF = {
     "JointTrainer": "training",
     "JointTrainingArguments": "training",
 }
-_SUBPACKAGES = ("modeling", "ops", "store", "training")
+_SUBPACKAGES = ("data", "evaluation", "modeling", "ops", "store", "training")
 
 __all__ = ["__version__", "ops", *_HOME_OF]
 

@@ -12,7 +12,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from clara_fast import Clara, MemoryStore
-from clara_fast.training import QuestionSample
+from clara_fast.data import QuestionSample
 from tests.modeling.tiny import make_tokenizer
 
 THINGS = ["door", "boat", "lamp", "coat", "tree", "bell"]

@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from clara_fast import Clara, InstructionTrainer, ScpTrainer
+from clara_fast.data import QuestionSample
+from clara_fast.evaluation.controls import CONTROLS
 from clara_fast.modeling import roles
-from clara_fast.training import InstructionTrainingArguments, NonFiniteError, QuestionSample
-from clara_fast.training.controls import CONTROLS
+from clara_fast.training import InstructionTrainingArguments, NonFiniteError
 from tests.modeling.tiny import make_base
 from tests.training import test_scp
 from tests.training.test_scp import SAMPLES, StopAfter, adapters_of, losses_of

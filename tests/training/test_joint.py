@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from clara_fast import Clara, JointTrainer, MemoryStore, ops
+from clara_fast.data import QuestionSample
 from clara_fast.modeling import roles
 from clara_fast.store import StoreMismatchError
-from clara_fast.training import JointTrainingArguments, QuestionSample
+from clara_fast.training import JointTrainingArguments
 from clara_fast.training.candidates import index_candidates, with_positives
 from tests.modeling.tiny import DOCUMENTS, make_base
 from tests.training.reading import make_memories, make_questions, make_reader

@@ -9,9 +9,10 @@ import torch
 from transformers import TrainerCallback
 
 from clara_fast import Clara, ScpTrainer
-from clara_fast.training import ScpSample, ScpTrainingArguments, read_scp
+from clara_fast.data import ScpSample, read_scp
+from clara_fast.evaluation.controls import CONTROLS, answer_losses
+from clara_fast.training import ScpTrainingArguments
 from clara_fast.training.collation import ScpCollator, question_branches
-from clara_fast.training.controls import CONTROLS, answer_losses
 from tests.modeling.tiny import make_base
 
 COLOURS = ["red", "blue", "green", "black", "white", "brown"]

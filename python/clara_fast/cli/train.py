@@ -64,8 +64,9 @@ def scp(
 
     Evaluation prints the answer loss under four contexts: the passage's memory, another passage's, none, the full text.
     """
+    from clara_fast.data import read_scp
     from clara_fast.modeling import Clara
-    from clara_fast.training import ScpTrainer, ScpTrainingArguments, read_scp
+    from clara_fast.training import ScpTrainer, ScpTrainingArguments
 
     if (base is None) == (model is None):
         raise ValueError("give exactly one of --base and --model")
@@ -165,8 +166,9 @@ def instruct(
     Evaluation prints the answer loss under four contexts: the documents' memories, another question's, none, the full
     text.
     """
+    from clara_fast.data import read_multidoc
     from clara_fast.modeling import Clara
-    from clara_fast.training import InstructionTrainer, InstructionTrainingArguments, read_multidoc
+    from clara_fast.training import InstructionTrainer, InstructionTrainingArguments
 
     samples = read_multidoc(train)
     held_out = read_multidoc(eval_file, limit=eval_samples) if eval_file is not None else None
@@ -217,9 +219,10 @@ def joint(
     The store is made from the same questions by: clara-fast compress QUESTIONS --text-field docs.
     Evaluation prints Recall@1 and the answer loss under four contexts.
     """
+    from clara_fast.data import read_multidoc
     from clara_fast.modeling import Clara
     from clara_fast.store import MemoryStore
-    from clara_fast.training import JointTrainer, JointTrainingArguments, read_multidoc
+    from clara_fast.training import JointTrainer, JointTrainingArguments
 
     own = candidates != "search"
     samples = read_multidoc(train, need_documents=own)

@@ -1,9 +1,7 @@
-"""Training on transformers' Trainer: data, collation, the stages."""
+"""Training on transformers' Trainer: collation, the stages."""
 
-from clara_fast.training.data import ScpSample, read_scp
 from clara_fast.training.instruction import InstructionTrainer, InstructionTrainingArguments
 from clara_fast.training.joint import JointTrainer, JointTrainingArguments
-from clara_fast.training.questions import QuestionSample, read_multidoc
 from clara_fast.training.retriever import (
     RetrieverSample,
     RetrieverTrainer,
@@ -19,14 +17,10 @@ __all__ = [
     "JointTrainer",
     "JointTrainingArguments",
     "NonFiniteError",
-    "QuestionSample",
     "RetrieverSample",
     "RetrieverTrainer",
     "RetrieverTrainingArguments",
-    "ScpSample",
     "ScpTrainer",
     "ScpTrainingArguments",
-    "read_multidoc",
     "read_questions",
-    "read_scp",
 ]

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from clara_fast.data.questions import QuestionSample
 from clara_fast.store import MemoryStore
 from clara_fast.store.documents import document_text
-from clara_fast.training.questions import QuestionSample
 
 
 @dataclass

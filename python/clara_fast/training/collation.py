@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from clara_fast.modeling.packing import PackedPrompts, PromptGroup, group_prompts, pack_prompts
-from clara_fast.training.data import ScpSample
-from clara_fast.training.questions import QuestionSample
+from clara_fast.data.questions import QuestionSample
+from clara_fast.data.scp import ScpSample
+from clara_fast.modeling.branches import pack_groups, question_branches
+from clara_fast.modeling.packing import PackedPrompts, PromptGroup, group_prompts
 
 if TYPE_CHECKING:
     from clara_fast.modeling import Clara
@@ -84,29 +85,3 @@ class InstructionCollator:
 def answer_fields(prompts: PackedPrompts, samples: Sequence[Any]) -> dict[str, Any]:
     """What every batch with answers holds: the Trainer counts answer tokens by ``labels``, and errors name samples."""
     return {"prompts": prompts, "labels": prompts.labels, "samples": list(samples)}
-
-
-def question_branches(
-    model: Clara,
-    pairs: Sequence[tuple[str, str]],
-    *,
-    num_documents: int = 1,
-    documents: Sequence[str] | None = None,
-) -> PromptGroup:
-    """Questions, each with its answer, on one context: ``num_documents`` memories, or ``documents`` as plain text."""
-    text, prompts = model.text, model.prompts
-    exchanges = []
-    for question, reply in pairs:
-        asked = text.defuse(question)
-        turn = (
-            prompts.answer(asked, num_documents)
-            if documents is None
-            else prompts.answer_from_text(asked, [text.defuse(d) for d in documents])
-        )
-        exchanges.append(text.exchange(prompts, turn, reply))
-    return group_prompts(exchanges)
-
-
-def pack_groups(model: Clara, groups: Sequence[PromptGroup]) -> PackedPrompts:
-    """:func:`pack_prompts` with the model's memory tokens."""
-    return pack_prompts(groups, frozenset(model.text.memory_ids))

@@ -6,10 +6,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from clara_fast.data.questions import QuestionSample
+from clara_fast.evaluation.controls import Exam, context_losses, even_batches, format_losses, loss_metrics
 from clara_fast.modeling import Clara
 from clara_fast.training.collation import InstructionCollator
-from clara_fast.training.controls import Exam, context_losses, even_batches, format_losses, loss_metrics
-from clara_fast.training.questions import QuestionSample
 from clara_fast.training.trainer import AnswerTrainer, ClaraTrainingArguments
 
 
@@ -67,7 +67,7 @@ class InstructionTrainer(AnswerTrainer):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Answer loss of held-out samples and its controls (:func:`clara_fast.training.controls.context_losses`)."""
+        """Answer loss of held-out samples and its controls (:func:`clara_fast.evaluation.controls.context_losses`)."""
         samples = self.eval_dataset if eval_dataset is None else eval_dataset
         if samples is None:
             raise ValueError("evaluation needs an eval_dataset")

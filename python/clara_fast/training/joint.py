@@ -11,6 +11,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from clara_fast.data.questions import QuestionSample
+from clara_fast.evaluation.controls import Exam, context_losses, even_batches, format_losses, loss_metrics
 from clara_fast.modeling import Clara
 from clara_fast.modeling.answering import nearest
 from clara_fast.modeling.checkpoint import read_safetensors
@@ -22,8 +24,6 @@ from clara_fast.training.candidates import (
     with_positives,
 )
 from clara_fast.training.collation import answer_fields, pack_groups, question_branches
-from clara_fast.training.controls import Exam, context_losses, even_batches, format_losses, loss_metrics
-from clara_fast.training.questions import QuestionSample
 from clara_fast.training.retriever import retrieval_metrics
 from clara_fast.training.trainer import AnswerTrainer, ClaraTrainingArguments
 
@@ -216,9 +216,9 @@ class JointTrainer(AnswerTrainer):
     ) -> dict[str, float]:
         """Retrieval and answer loss of held-out questions.
 
-        Recall is averaged over the questions whose positives are known; the answer loss has its controls
-        (:func:`clara_fast.training.controls.context_losses`): the selected memories, another question's, none, and the
-        selected documents as text.
+        Recall is averaged over the questions whose positives are known; the answer loss has its
+        controls (:func:`clara_fast.evaluation.controls.context_losses`): the selected memories, another question's,
+        none, and the selected documents as text.
         """
         samples = self.eval_dataset if eval_dataset is None else self._located(eval_dataset)
         if samples is None:

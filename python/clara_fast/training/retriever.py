@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from clara_fast.data.rows import is_text, read_rows
 from clara_fast.modeling import Clara
-from clara_fast.training.data import is_text, read_rows
 from clara_fast.training.trainer import ClaraTrainer, ClaraTrainingArguments
 
 if TYPE_CHECKING:

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from clara_fast.data.scp import ScpSample
+from clara_fast.evaluation.controls import answer_losses, format_losses, loss_metrics
 from clara_fast.modeling import Clara
 from clara_fast.training.collation import ScpCollator
-from clara_fast.training.controls import answer_losses, format_losses, loss_metrics
-from clara_fast.training.data import ScpSample
 from clara_fast.training.trainer import AnswerTrainer, ClaraTrainingArguments
 
 
@@ -91,7 +91,7 @@ class ScpTrainer(AnswerTrainer):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Answer loss of held-out samples and its controls (:func:`clara_fast.training.controls.answer_losses`)."""
+        """Answer loss of held-out samples and its controls (:func:`clara_fast.evaluation.controls.answer_losses`)."""
         samples = self.eval_dataset if eval_dataset is None else eval_dataset
         if samples is None:
             raise ValueError("evaluation needs an eval_dataset")

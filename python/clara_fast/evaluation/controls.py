@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 from torch import Tensor
 
+from clara_fast.data.scp import ScpSample
+from clara_fast.modeling.branches import pack_groups, question_branches
 from clara_fast.modeling.roles import NO_ROLE
-from clara_fast.training.collation import pack_groups, question_branches
-from clara_fast.training.data import ScpSample
 
 if TYPE_CHECKING:
     from clara_fast.modeling import Clara

@@ -7,7 +7,7 @@ import json
 
 import pytest
 
-from clara_fast.training import read_multidoc
+from clara_fast.data import read_multidoc
 
 GOOD = {"id": "g", "question": "Who?", "docs": ["Ann came.", "Bob left."], "gold_answer": "Ann"}
 

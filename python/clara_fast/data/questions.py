@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from clara_fast.training.data import is_text, read_files
+from clara_fast.data.rows import is_text, read_files
 
 
 @dataclass

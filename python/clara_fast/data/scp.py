@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import gzip
-import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-S = TypeVar("S")
+from clara_fast.data.rows import is_text, read_files
 
 
 @dataclass
@@ -40,34 +37,6 @@ def read_scp(paths: str | Path | Sequence[str | Path], *, limit: int | None = No
     return read_files(paths, _sample, limit)
 
 
-def read_files(
-    paths: str | Path | Sequence[str | Path], sample: Callable[[dict[str, Any], str], S], limit: int | None
-) -> list[S]:
-    """What ``sample(row, place)`` makes of every row of the files, up to ``limit``; at least one."""
-    files = [paths] if isinstance(paths, str | Path) else paths
-    rows = ((row, place) for file in files for place, row in read_rows(Path(file)))
-    samples = [sample(row, place) for row, place in islice(rows, limit)]
-    if not samples:
-        raise ValueError(f"no sample in {', '.join(str(f) for f in files)}")
-    return samples
-
-
-def read_rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The objects of a ``.jsonl`` or ``.jsonl.gz`` file, each with its place for error messages."""
-    if not file.is_file():
-        raise FileNotFoundError(f"training data {file} does not exist")
-    with gzip.open(file, "rt", encoding="utf-8") if file.suffix == ".gz" else file.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            place = f"{file}, line {number}"
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{place}: not JSON ({error})") from None
-            if not isinstance(row, dict):
-                raise ValueError(f"{place}: must be a JSON object")
-            yield place, row
-
-
 def _sample(row: dict[str, Any], place: str) -> ScpSample:
     documents, answers = row.get("docs"), row.get("answers")
     if not isinstance(documents, list) or len(documents) != 1 or not is_text(documents[0]):
@@ -88,8 +57,3 @@ def _sample(row: dict[str, Any], place: str) -> ScpSample:
                 f"{place}: {len(questions)} questions and {len(answers)} answers must be as many, with text"
             )
     return ScpSample(str(row.get("id", place)), documents[0], answers, questions)
-
-
-def is_text(value: object) -> bool:
-    """Whether ``value`` is a string with more than white space."""
-    return isinstance(value, str) and bool(value.strip())

@@ -143,6 +143,32 @@ def test_saved_and_loaded_is_the_same_model(tmp_path, architecture, connector):
     assert not [f for f in tmp_path.iterdir() if f.name.startswith(".")]
 
 
+@pytest.mark.parametrize("rate", [4, 32])
+def test_a_start_at_another_rate_keeps_all_weights(base, tmp_path, rate):
+    model = fresh(base, connector=True, compression_rate=8)
+    model.calibrate_connector(DOCUMENTS[:4])
+    model.memory_embeddings.data.normal_()
+    model.save_pretrained(tmp_path / "saved", adapter_dtype=torch.float32)
+    other = Clara.from_pretrained(tmp_path / "saved", device="cpu", compression_rate=rate)
+    assert other.config.num_memory == other.config.doc_max_length // rate == len(other.memory_embeddings)
+    # Every new token is a saved one, in their order, and all along them.
+    old, new = model.memory_embeddings, other.memory_embeddings
+    came_from = [int((row == old).all(1).nonzero()) for row in new]
+    assert came_from == sorted(came_from)
+    gaps = torch.tensor(came_from).diff()
+    assert int(gaps.max()) <= -(-len(old) // len(new))
+    for role in model.roles:
+        mine, theirs = (roles.role_parameters(m.lm, role) for m in (model, other))
+        assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+    markers = [m.lm.get_input_embeddings().weight[m.text.added_ids[-3:]] for m in (model, other)]
+    assert torch.equal(*markers)
+    assert torch.equal(model.connector.weight, other.connector.weight)
+    assert other.answer("Which?", documents=DOCUMENTS[:2], top_k=1, max_new_tokens=2).documents
+    # What is saved again is a model of the new rate.
+    other.save_pretrained(tmp_path / "again", adapter_dtype=torch.float32)
+    assert Clara.from_pretrained(tmp_path / "again", device="cpu").config.compression_rate == rate
+
+
 def test_peft_loads_the_adapters(model, base, tmp_path):
     from peft import PeftModel
     from transformers import AutoModelForCausalLM

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from clara_fast.cli.models import JsonOption
+from clara_fast.cli.models import BaseModelOption, JsonOption
 from clara_fast.cli.output import note, print_json
 from clara_fast.cli.train_config import ConfigOption, arguments_of, make_arguments, shipped_configs
 
@@ -38,12 +38,17 @@ def scp(
     train: Annotated[list[Path], typer.Argument(help="JSONL files (may be gzipped) of passages with questions.")],
     out: OutOption,
     base: Annotated[str | None, typer.Option(help="Base model to start from: hub name or folder.")] = None,
-    model: Annotated[str | None, typer.Option(help="Clara model to go on from, instead of --base.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Clara model to go on from, instead of --base; may be of another rate.")
+    ] = None,
+    base_model: BaseModelOption = None,
     eval_file: EvalOption = None,
     eval_samples: EvalSamplesOption = 64,
     max_words: Annotated[int | None, typer.Option(help="Leave out passages with more words.")] = None,
     doc_max_length: Annotated[int, typer.Option(help="Tokens read of each document.")] = 256,
-    compression_rate: Annotated[int, typer.Option(help="Document tokens per memory token.")] = 16,
+    compression_rate: Annotated[
+        int | None, typer.Option(help="Document tokens per memory token; default the model's, 16 for a new one.")
+    ] = None,
     lora_r: Annotated[int, typer.Option(help="Rank of each role's LoRA.")] = 16,
     lora_dropout: Annotated[float, typer.Option(help="Dropout of the adapters in training.")] = 0.1,
     connector: Annotated[bool, typer.Option(help="Train a linear map from hidden states to embeddings.")] = False,
@@ -75,12 +80,12 @@ def scp(
         raise ValueError(f"max_words ({max_words}) leaves no passage to train on")
     held_out = read_scp(eval_file, limit=eval_samples) if eval_file is not None else None
     if model is not None:
-        clara = Clara.from_pretrained(model, dtype=dtype)
+        clara = Clara.from_pretrained(model, base_model=base_model, dtype=dtype, compression_rate=compression_rate)
     else:
         clara = Clara.from_base(
             str(base),
             doc_max_length=doc_max_length,
-            compression_rate=compression_rate,
+            compression_rate=compression_rate or 16,
             lora={"r": lora_r, "alpha": 2 * lora_r, "dropout": lora_dropout},
             dtype=dtype,
             connector=connector,
@@ -106,6 +111,7 @@ def retriever(
     store: Annotated[Path, typer.Option(help="Store of the documents, written by the model.")],
     model: Annotated[str, typer.Option(help="Clara model; gets a query reasoner if it has none.")],
     out: OutOption,
+    base_model: BaseModelOption = None,
     eval_file: Annotated[Path | None, typer.Option("--eval", help="Held-out questions on the same store.")] = None,
     steps: StepsOption = -1,
     epochs: EpochsOption = 1.0,
@@ -126,7 +132,7 @@ def retriever(
     from clara_fast.store import MemoryStore
     from clara_fast.training import RetrieverTrainer, RetrieverTrainingArguments, read_questions
 
-    clara = Clara.from_pretrained(model, dtype=dtype)
+    clara = Clara.from_pretrained(model, base_model=base_model, dtype=dtype)
     memories = MemoryStore.open(store, clara)
     questions = read_questions(train, memories)
     held_out = read_questions(eval_file, memories) if eval_file is not None else None
@@ -146,6 +152,7 @@ def instruct(
     train: Questions,
     model: Annotated[str, typer.Option(help="Clara model that was pretrained (train scp).")],
     out: OutOption,
+    base_model: BaseModelOption = None,
     eval_file: EvalOption = None,
     eval_samples: EvalSamplesOption = 64,
     documents: Annotated[int, typer.Option(help="Documents read per question, at most; known positives first.")] = 5,
@@ -180,7 +187,7 @@ def instruct(
         **arguments_of(context),
     }
     arguments = make_arguments(InstructionTrainingArguments, settings, config)
-    clara = Clara.from_pretrained(model, dtype=dtype)
+    clara = Clara.from_pretrained(model, base_model=base_model, dtype=dtype)
     _run(InstructionTrainer(clara, arguments, samples, held_out), out, json)
     note(f"saved to {out}; next: clara-fast compress QUESTIONS --text-field docs --model {out} --out STORE")
 
@@ -191,6 +198,7 @@ def joint(
     train: Questions,
     model: Annotated[str, typer.Option(help="Clara model; gets a query reasoner if it has none.")],
     out: OutOption,
+    base_model: BaseModelOption = None,
     store: Annotated[
         Path | None,
         typer.Option(help="Store of the documents, written by the model; without, they are compressed at every step."),
@@ -237,7 +245,7 @@ def joint(
         **arguments_of(context),
     }
     arguments = make_arguments(JointTrainingArguments, settings, config)
-    clara = Clara.from_pretrained(model, dtype=dtype)
+    clara = Clara.from_pretrained(model, base_model=base_model, dtype=dtype)
     memories = MemoryStore.open(store, clara) if store is not None else None
     _run(JointTrainer(clara, arguments, samples, held_out, store=memories), out, json)
     note(f'saved to {out}; next: clara-fast ask {store or "STORE"} "QUESTION" --model {out}')

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shutil
 import tempfile
@@ -55,12 +56,17 @@ def load_model(
     dtype: torch.dtype | str,
     device: torch.device | str | None,
     revision: str | None,
+    compression_rate: int | None,
 ) -> Any:
     """Find the checkpoint, see whose format it has, and load it."""
     folder = _find(name_or_path, subfolder, revision)
     content = read_config(folder)
     kind = content.get("model_type")
     if kind == ml_clara.MODEL_TYPE:
+        if compression_rate is not None:
+            raise ValueError(
+                f"compression_rate ({compression_rate}) cannot be chosen for {folder}, a checkpoint of ml-clara"
+            )
         return ml_clara.load(cls, folder, content, base_model, dtype, device).eval()
     if kind != MODEL_TYPE:
         raise ValueError(
@@ -69,22 +75,30 @@ def load_model(
     config = ClaraConfig.from_dict(content, str(folder / "config.json"))
     if base_model is not None:
         config.base_model = str(base_model)
-    lm, tokenizer = load_base(config.base_model, dtype, device, saved=folder)
+    other_rate = compression_rate is not None and compression_rate != config.compression_rate
+    if other_rate:
+        config = dataclasses.replace(config, compression_rate=compression_rate)
+    # At another rate the saved tokenizer has the wrong memory tokens.
+    lm, tokenizer = load_base(config.base_model, dtype, device, saved=None if other_rate else folder)
     model = cls(config, lm, tokenizer, prompts_folder=folder)
     for role in roles.ROLES:
         if (folder / role).is_dir():
             model.add_role(role)
     if not model.roles:
         raise FileNotFoundError(f"{folder} holds no adapter: none of {', '.join(roles.ROLES)} is there")
-    load_weights(model, folder)
+    load_weights(model, folder, other_rate=other_rate)
     return model.eval()
 
 
-def load_weights(model: Clara, folder: Path) -> None:
-    """Put a saved model's weights into ``model``, which must have the same roles and shapes."""
+def load_weights(model: Clara, folder: Path, *, other_rate: bool = False) -> None:
+    """Put a saved model's weights into ``model``, which must have the same roles and shapes.
+
+    With ``other_rate`` it may have another number of memory tokens: each starts as the saved one that stands where it
+    does among its own.
+    """
     for role in sorted(model.roles):
         load_adapter(model, role, read_adapter(folder / role), source=str(folder / role))
-    _load_memory(model, folder / MEMORY_FILE)
+    _load_memory(model, folder / MEMORY_FILE, other_rate)
 
 
 def save_model(model: Clara, path: Path, format: str, adapter_dtype: torch.dtype) -> None:
@@ -201,8 +215,10 @@ def _memory_state(model: Clara) -> dict[str, Tensor]:
     return {name: tensor.detach().cpu().clone().contiguous() for name, tensor in state.items()}
 
 
-def _load_memory(model: Clara, file: Path) -> None:
+def _load_memory(model: Clara, file: Path, other_rate: bool) -> None:
     state = read_safetensors(file)
+    if other_rate and "memory_embeddings" in state:
+        _spread_memory_tokens(state, len(model.memory_embeddings))
     targets: dict[str, Tensor] = {"memory_embeddings": model.memory_embeddings.data}
     rows = {"embed_tokens": model.lm.get_input_embeddings(), "lm_head": model.lm.get_output_embeddings()}
     if model.connector is not None:
@@ -221,3 +237,12 @@ def _load_memory(model: Clara, file: Path) -> None:
         target.copy_(state[name])
     for name, layer in rows.items():
         layer.weight.data[model.text.added_ids] = state[f"{name}.added_rows"].to(layer.weight)
+
+
+def _spread_memory_tokens(state: dict[str, Tensor], count: int) -> None:
+    """Change ``state`` to ``count`` memory tokens; rows of added tokens are theirs and then the markers'."""
+    saved = len(state["memory_embeddings"])
+    places = (2 * torch.arange(count) + 1) * saved // (2 * count)
+    state["memory_embeddings"] = state["memory_embeddings"][places]
+    for name in [name for name in state if name.endswith(".added_rows")]:
+        state[name] = torch.cat([state[name][places], state[name][saved:]])

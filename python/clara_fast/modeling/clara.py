@@ -139,10 +139,13 @@ class Clara(nn.Module):
         dtype: torch.dtype | str = "auto",
         device: torch.device | str | None = None,
         revision: str | None = None,
+        compression_rate: int | None = None,
     ) -> Self:
         """Load a saved model, ours or one of ml-clara's, from a folder or the hub.
 
-        Every adapter that is present is loaded. ``base_model`` overrides where the base model is looked for.
+        Every adapter that is present is loaded. ``base_model`` overrides where the base model is looked for. Another
+        ``compression_rate`` than the model's gives a start for training at that rate: all weights go along, and the
+        new memory tokens are copies of the old ones nearest to them.
 
         Raises:
             FileNotFoundError: a file of the checkpoint is missing; it is named.
@@ -150,7 +153,7 @@ class Clara(nn.Module):
         """
         from clara_fast.modeling.checkpoint import load_model
 
-        return load_model(cls, name_or_path, subfolder, base_model, dtype, device, revision)
+        return load_model(cls, name_or_path, subfolder, base_model, dtype, device, revision, compression_rate)
 
     def save_pretrained(
         self, path: str | Path, *, format: str = "clara_fast", adapter_dtype: torch.dtype = torch.bfloat16

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from clara_fast.data.questions import QuestionSample
 from clara_fast.evaluation.controls import Exam, context_losses, even_batches, format_losses, loss_metrics
+from clara_fast.evaluation.metrics import retrieval_metrics
 from clara_fast.modeling import Clara
 from clara_fast.modeling.answering import nearest
 from clara_fast.modeling.checkpoint import read_safetensors
@@ -24,7 +25,6 @@ from clara_fast.training.candidates import (
     with_positives,
 )
 from clara_fast.training.collation import answer_fields, pack_groups, question_branches
-from clara_fast.training.retriever import retrieval_metrics
 from clara_fast.training.trainer import AnswerTrainer, ClaraTrainingArguments
 
 if TYPE_CHECKING:

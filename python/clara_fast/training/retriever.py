@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clara_fast.data.rows import is_text, read_rows
+from clara_fast.evaluation.metrics import retrieval_metrics
 from clara_fast.modeling import Clara
 from clara_fast.training.trainer import ClaraTrainer, ClaraTrainingArguments
 
@@ -151,13 +152,3 @@ def info_nce(scores: Tensor, positive: Tensor, temperature: float) -> Tensor:
     asked = positive.any(1)
     gain = logits.masked_fill(~positive, -torch.inf).logsumexp(1) - logits.logsumexp(1)
     return -gain[asked].mean()
-
-
-def retrieval_metrics(found: Sequence[Sequence[int]], wanted: Sequence[Sequence[int]]) -> dict[str, float]:
-    """Recall@1, Recall@5 (share of the wanted rows among the first found) and MRR@10, averaged over questions."""
-    totals = {"recall@1": 0.0, "recall@5": 0.0, "mrr@10": 0.0}
-    for rows, gold in zip(found, map(set, wanted), strict=True):
-        for k in (1, 5):
-            totals[f"recall@{k}"] += len(gold.intersection(rows[:k])) / len(gold)
-        totals["mrr@10"] += next((1 / rank for rank, row in enumerate(rows[:10], 1) if row in gold), 0.0)
-    return {name: total / len(found) for name, total in totals.items()}

@@ -85,10 +85,13 @@ class Journal:
         """Keep what was made of ``item``; returns when it is on disk."""
         await self._append({"kind": "done", "item": item, "outcome": outcome})
 
-    async def close(self) -> None:
-        """Wait for what is being written, and let others have the journal."""
+    async def drain(self) -> None:
+        """Wait until everything that was given to the journal is on disk."""
         while self._writer is not None and not self._writer.done():
             await asyncio.wait([self._writer])
+
+    def close(self) -> None:
+        """Let others have the journal."""
         os.close(self._descriptor)
 
     async def _append(self, record: dict[str, Any]) -> None:

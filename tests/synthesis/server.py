@@ -1,7 +1,7 @@
 """A server of OpenAI's protocol that does what a test tells it: answers, or fails in a chosen way.
 
-Its model knows passages of sentences "The COLOUR NAME holds VALUE." and answers everything asked of them sensibly: in the
-first round half of the facts, then the rest; one answer is wrong each time, and its judge says so.
+Its model knows passages of sentences "The COLOUR NAME holds VALUE." and answers everything asked of them sensibly: in
+the first round half of the facts, then the rest; one answer is wrong each time, and its judge says so.
 """
 
 from __future__ import annotations

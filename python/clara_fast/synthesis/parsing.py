@@ -47,9 +47,12 @@ def read_questions(content: str) -> list[Question]:
     Raises:
         UnusableAnswer: there is not one question.
     """
-    found: list[Question] = []
-    for value in json_values(content, parts=True):
-        found += _questions(value)
+    try:
+        found = [question for value in json_values(content) for question in _questions(value)]
+    except UnusableAnswer:
+        # Cut off: a list of texts in a broken object may be of facts, so only whole objects count.
+        objects = (value for value in json_values(content, parts=True) if isinstance(value, dict))
+        found = [question for value in objects for question in _questions(value)]
     if not found:
         raise UnusableAnswer("no question in it")
     return found

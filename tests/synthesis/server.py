@@ -205,7 +205,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.hang_up()
 
     def stall(self) -> None:
-        time.sleep(1.0)
+        time.sleep(1.5)
         self.hang_up()
 
 

@@ -93,7 +93,14 @@ def test_texts_and_lists():
     assert read_text('{"answer": ""}', "answer") == ""
     assert read_list('{"missing": []}', "missing") == []
     assert read_list('["a", " "]', "missing") == ["a"]
-    for content in ('{"answer": true}', '{"answer": ["x"]}', '{"answer": "a"} {"answer": "b"}', '{"answer": "a'):
+    for content in (
+        "[1]",
+        '{"question": "x"}',
+        '{"answer": true}',
+        '{"answer": ["x"]}',
+        '{"answer": "a"} {"answer": "b"}',
+        '{"answer": "a',
+    ):
         with pytest.raises(UnusableAnswer):
             read_text(content, "answer")
     with pytest.raises(UnusableAnswer):

@@ -96,9 +96,12 @@ class Asker:
     async def _reply(self, request: Request) -> Reply:
         key = request.key()
         if key not in self._known:
-            reply = await self._client.send(request)
-            answer: dict[str, Any] = {k: v for k, v in vars(reply).items() if v is not None and v is not False}
-            await self._journal.append_answer(self._item, key, answer)
-            self._known[key] = answer
+
+            async def keep(reply: Reply) -> None:
+                answer: dict[str, Any] = {k: v for k, v in vars(reply).items() if v is not None and v is not False}
+                await self._journal.append_answer(self._item, key, answer)
+                self._known[key] = answer
+
+            await self._client.send(request, keep)
         self._used[key] = Reply(**self._known[key])
         return self._used[key]

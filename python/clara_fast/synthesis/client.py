@@ -11,6 +11,7 @@ import hashlib
 import json
 import random
 from collections import Counter
+from collections.abc import Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -150,8 +151,10 @@ class Client:
             if isinstance(problem, BadEndpoint) or (isinstance(problem, Passing) and problem.unreachable):
                 raise BadEndpoint(f"cannot reach {self.endpoint.url}: {problem}") from None
 
-    async def send(self, request: Request) -> Reply:
-        """The server's answer to ``request``.
+    async def send(self, request: Request, keep: Callable[[Reply], Awaitable[None]]) -> None:
+        """Ask the server, and give its answer to ``keep``.
+
+        The slot is free again when ``keep`` has ended: a kill loses no more answers than ``concurrency``.
 
         Raises:
             RequestFailed: it failed in passing, and so did all retries; others may go better.
@@ -166,7 +169,7 @@ class Client:
                 raise
             self._failed_in_a_row = 0
             self.sent += 1
-            return reply
+            await keep(reply)
 
     @asynccontextmanager
     async def _turn(self) -> Any:
@@ -293,7 +296,7 @@ def _count(usage: Any, name: str) -> int:
 async def together(*work: Any) -> list[Any]:
     """The results of ``work``, in its order. Where one fails the others still end, and keep their answers."""
     results = await asyncio.gather(*work, return_exceptions=True)
-    for result in results:
-        if isinstance(result, BaseException):
-            raise result
+    errors = [result for result in results if isinstance(result, BaseException)]
+    if errors:  # what ends the run goes before what leaves one item open
+        raise next((error for error in errors if not isinstance(error, RequestFailed)), errors[0])
     return results

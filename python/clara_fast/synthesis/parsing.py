@@ -79,7 +79,7 @@ def read_text(content: str, key: str) -> str:
         UnusableAnswer: there is no such text, or several that differ.
     """
     values = [_first(value) for value in json_values(content)]
-    found = [value[key] for value in values if isinstance(value, dict)]
+    found = [value.get(key) for value in values if isinstance(value, dict)]
     found = [str(v) if isinstance(v, int | float) and not isinstance(v, bool) else v for v in found]
     return _only([text.strip() for text in found if isinstance(text, str)], f"text {key!r}")
 

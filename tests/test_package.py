@@ -20,7 +20,8 @@ MAY_IMPORT = {
     "data": set(),
     "evaluation": {"ops", "store", "modeling", "data"},
     "training": {"ops", "store", "modeling", "data", "evaluation"},
-    "cli": {"ops", "store", "modeling", "data", "evaluation", "training", "benchmarks"},
+    "synthesis": {"data"},
+    "cli": {"ops", "store", "modeling", "data", "evaluation", "synthesis", "training", "benchmarks"},
 }
 
 

@@ -82,19 +82,28 @@ def size(count: float) -> str:
 
 
 def document_progress() -> Progress:
-    """A bar on stderr: how many documents, how fast, how long still. Silent where stderr is no terminal."""
+    """:func:`item_progress` of documents."""
+    return item_progress("docs")
+
+
+def item_progress(unit: str) -> Progress:
+    """A bar on stderr: how many, how fast, how long still. Silent where stderr is no terminal."""
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
-        _DocumentsPerSecond(),
+        _PerSecond(unit),
         TimeRemainingColumn(),
         console=stderr,
         disable=not sys.stderr.isatty(),
     )
 
 
-class _DocumentsPerSecond(ProgressColumn):
+class _PerSecond(ProgressColumn):
+    def __init__(self, unit: str) -> None:
+        super().__init__()
+        self._unit = unit
+
     def render(self, task: Task) -> Text:
         speed = task.finished_speed or task.speed
-        return Text("" if speed is None else f"{speed:.1f} docs/s")
+        return Text("" if speed is None else f"{speed:.1f} {self._unit}/s")

@@ -1,0 +1,182 @@
+"""Runs methods on questions: documents chosen, prompts filled, answers written, their loss taken, all of it kept."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+
+from clara_fast.evaluation.encoding import Encoder, now
+from clara_fast.evaluation.journal import Journal, Key, Prediction
+from clara_fast.evaluation.methods import METHODS, Method, Reading, Tools, make_method
+from clara_fast.evaluation.protocol import EvalProtocol, EvalSample, EvalSet, another
+from clara_fast.modeling import answering
+from clara_fast.modeling.branches import pack_groups
+from clara_fast.modeling.packing import batches_by_tokens, group_prompts
+from clara_fast.modeling.roles import role_parameters
+
+if TYPE_CHECKING:
+    from clara_fast.modeling import Clara
+
+# Longest answers, as the paper has them: of joint models, and of those before joint training.
+JOINT_TOKENS, COMPRESSOR_TOKENS = 64, 128
+# Tokens that go through the model at once where only the loss is wanted.
+LOSS_TOKENS = 8192
+
+
+def longest_answer(model: Clara) -> int:
+    """New tokens in an answer, at most, if nobody says."""
+    return JOINT_TOKENS if "query_reasoner" in model.roles else COMPRESSOR_TOKENS
+
+
+def identity(model: Clara) -> str:
+    """16 hexadecimal digits that are equal for models that answer alike: fingerprint, and every role's adapter."""
+    digest = hashlib.sha256(model.fingerprint.encode())
+    for role in sorted(model.roles):
+        for name, parameter in sorted(role_parameters(model.lm, role).items()):
+            digest.update(f"{role}/{name}".encode())
+            digest.update(parameter.detach().float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def facts(model: Clara) -> dict[str, Any]:
+    """What a report says of a model."""
+    config = model.config
+    return {
+        "identity": identity(model),
+        "base": config.base_model,
+        "compression_rate": config.compression_rate,
+        "memory_tokens": config.num_memory,
+        "top_k": config.top_k,
+        "roles": sorted(model.roles),
+        "dtype": str(model.dtype).removeprefix("torch."),
+    }
+
+
+def run(
+    label: str,
+    model: Clara,
+    questions: EvalSet,
+    protocol: EvalProtocol,
+    methods: Sequence[str],
+    journal: Journal,
+    *,
+    tools: Mapping[str, Any] | None = None,
+    batch_size: int = 16,
+    max_new_tokens: int | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> list[Prediction]:
+    """Every method's answer to every question; what the journal holds already is not done again.
+
+    A batch is done again as a whole, so that an interrupted run makes the predictions of an unbroken one.
+
+    Args:
+        label: what the model is called in the journal.
+        model: put into inference mode.
+        questions: what is asked. Where each has one passage, that is read, and methods that choose are left out.
+        protocol: which of the documents are read.
+        methods: names; see :data:`clara_fast.evaluation.methods.METHODS`.
+        journal: where predictions go.
+        tools: optional fields of :class:`clara_fast.evaluation.methods.Tools`.
+        batch_size: questions at once.
+        max_new_tokens: longest answer; default :func:`longest_answer`.
+        progress: called with the number of answers after each batch of each method.
+    """
+    length = max_new_tokens or longest_answer(model)
+    samples = questions.samples
+    if questions.single:
+        protocol = replace(protocol, selection="gold")
+        methods = [name for name in methods if not METHODS[name].chooses]
+    kit = Tools(model, samples, Encoder(model), **(tools or {}))
+    made: dict[str, Method] = {}
+    with model.inference():
+        for start in range(0, len(samples), batch_size):
+            rows = range(start, min(start + batch_size, len(samples)))
+            for name in methods:
+                if any(Key(label, questions.name, name, samples[i].id) not in journal for i in rows):
+                    if name not in made:  # loading what a method needs may take a while
+                        made[name] = make_method(name, kit)
+                    batch = [(samples[i], another(samples, i) if name == "other" else None) for i in rows]
+                    journal.append(_answers(label, questions.name, model, made[name], batch, protocol, length))
+                if progress is not None:
+                    progress(len(rows))
+            kit.encoder.forget()
+    return journal.predictions(Key(label, questions.name, name, sample.id) for name in methods for sample in samples)
+
+
+def _answers(
+    label: str,
+    dataset: str,
+    model: Clara,
+    method: Method,
+    batch: Sequence[tuple[EvalSample, EvalSample | None]],
+    protocol: EvalProtocol,
+    max_new_tokens: int,
+) -> list[Prediction]:
+    seconds: dict[str, float] = {}
+    readings = method.read(batch, protocol, protocol.top_k or model.config.top_k, seconds)
+    prompts = [model.text.prompt(model.prompts, reading.turn) for reading in readings]
+    started = now(model.device)
+    texts = answering.generate(
+        model,
+        prompts,
+        [reading.memory for reading in readings],
+        max_new_tokens=max_new_tokens,
+        role=method.context.role,
+    )
+    seconds["generate"] = now(model.device) - started
+    samples = [sample for sample, _ in batch]
+    losses = reference_losses(model, readings, [sample.answers[0] for sample in samples])
+    return [
+        Prediction(
+            model=label,
+            dataset=dataset,
+            method=method.name,
+            id=sample.id,
+            text=text,
+            answers=sample.answers,
+            read=reading.read,
+            ranking=reading.ranking,
+            positives=sample.positives,
+            absent=sample.absent,
+            loss=loss,
+            loss_tokens=tokens,
+            **_context_tokens(model, sample, reading, len(prompt)),
+            seconds={part: value / len(batch) for part, value in seconds.items()},
+        )
+        for sample, reading, prompt, text, (loss, tokens) in zip(samples, readings, prompts, texts, losses, strict=True)
+    ]
+
+
+def reference_losses(model: Clara, readings: Sequence[Reading], answers: Sequence[str]) -> list[tuple[float, int]]:
+    """Summed cross-entropy (nats) of an answer after each prompt, and its number of tokens.
+
+    All readings must be for one role.
+    """
+    exchanges = [
+        model.text.exchange(model.prompts, reading.turn, answer)
+        for reading, answer in zip(readings, answers, strict=True)
+    ]
+    found: list[tuple[float, int]] = [(0.0, 0)] * len(readings)
+    for rows in batches_by_tokens([len(ids) for ids, _ in exchanges], LOSS_TOKENS):
+        packed = pack_groups(model, [group_prompts([exchanges[i]]) for i in rows]).to(model.device)
+        memory = torch.cat([readings[i].memory.flatten(0, 1) for i in rows])
+        logits, labels = model.answer_logits(packed, memory, role=readings[rows[0]].role)
+        each = F.cross_entropy(logits.float(), labels, reduction="none")
+        counts = [len(exchanges[i][0]) - exchanges[i][1] for i in rows]
+        for i, part in zip(rows, each.split(counts), strict=True):
+            found[i] = float(part.sum()), len(part)
+    return found
+
+
+def _context_tokens(model: Clara, sample: EvalSample, reading: Reading, length: int) -> dict[str, int]:
+    text, prompts = model.text, model.prompts
+    question = text.defuse(sample.question)
+    bare = len(text.prompt(prompts, prompts.answer_from_text(question, [])))
+    documents = [text.defuse(text.readable(sample.documents[i])) for i in reading.read]
+    written = len(text.prompt(prompts, prompts.answer_from_text(question, documents)))
+    return {"context_tokens": max(0, length - bare), "text_tokens": max(0, written - bare)}

@@ -21,6 +21,24 @@ def now(device: torch.device) -> float:
     return time.perf_counter()
 
 
+class Bill:
+    """What one method's work on one batch took: seconds by part, in :attr:`seconds`."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._charged: set[tuple[str, str]] = set()
+
+    def add(self, part: str, seconds: float) -> None:
+        """More time for a part."""
+        self.seconds[part] = self.seconds.get(part, 0.0) + seconds
+
+    def charge(self, part: str, text: str, seconds: float) -> None:
+        """Time for a text, once however often it is needed."""
+        if (part, text) not in self._charged:
+            self._charged.add((part, text))
+            self.add(part, seconds)
+
+
 class Encoder:
     """A model's memories by text, kept until :meth:`forget`.
 
@@ -32,22 +50,20 @@ class Encoder:
         self.model = model
         self._kept: dict[tuple[str, str], tuple[Tensor, float]] = {}
 
-    def documents(self, texts: Sequence[str], seconds: dict[str, float]) -> Tensor:
-        """Memories ``[N, m, D]``; their cost is added to ``seconds["compress"]``."""
-        return self._get("compress", texts, self.model.compress, seconds)
+    def documents(self, texts: Sequence[str], bill: Bill) -> Tensor:
+        """Memories ``[N, m, D]``, charged as ``compress``."""
+        return self._get("compress", texts, self.model.compress, bill)
 
-    def queries(self, questions: Sequence[str], seconds: dict[str, float]) -> Tensor:
-        """Memories ``[B, m, D]`` by the query reasoner; their cost is added to ``seconds["query"]``."""
-        return self._get("query", questions, self.model.encode_queries, seconds)
+    def queries(self, questions: Sequence[str], bill: Bill) -> Tensor:
+        """Memories ``[B, m, D]`` by the query reasoner, charged as ``query``."""
+        return self._get("query", questions, self.model.encode_queries, bill)
 
     def forget(self) -> None:
         """Keep nothing for the next batch."""
         self._kept.clear()
 
-    def _get(
-        self, kind: str, texts: Sequence[str], encode: Callable[[list[str]], Tensor], seconds: dict[str, float]
-    ) -> Tensor:
-        missing = [text for text in dict.fromkeys(texts) if (kind, text) not in self._kept]
+    def _get(self, part: str, texts: Sequence[str], encode: Callable[[list[str]], Tensor], bill: Bill) -> Tensor:
+        missing = [text for text in dict.fromkeys(texts) if (part, text) not in self._kept]
         if missing:
             started = now(self.model.device)
             with warnings.catch_warnings():
@@ -55,6 +71,7 @@ class Encoder:
                 warnings.filterwarnings("ignore", message=".*were cut to doc_max_length")
                 memories = encode(missing)
             each = (now(self.model.device) - started) / len(missing)
-            self._kept.update(((kind, text), (m, each)) for text, m in zip(missing, memories, strict=True))
-        seconds[kind] = seconds.get(kind, 0.0) + sum(self._kept[kind, text][1] for text in set(texts))
-        return torch.stack([self._kept[kind, text][0] for text in texts])
+            self._kept.update(((part, text), (memory, each)) for text, memory in zip(missing, memories, strict=True))
+        for text in texts:
+            bill.charge(part, text, self._kept[part, text][1])
+        return torch.stack([self._kept[part, text][0] for text in texts])

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 
-from clara_fast.evaluation.encoding import Encoder, now
+from clara_fast.evaluation.encoding import Bill, Encoder, now
 from clara_fast.evaluation.journal import Journal, Key, Prediction
 from clara_fast.evaluation.methods import METHODS, Method, Reading, Tools, make_method
 from clara_fast.evaluation.protocol import EvalProtocol, EvalSample, EvalSet, another
@@ -117,8 +117,8 @@ def _answers(
     protocol: EvalProtocol,
     max_new_tokens: int,
 ) -> list[Prediction]:
-    seconds: dict[str, float] = {}
-    readings = method.read(batch, protocol, protocol.top_k or model.config.top_k, seconds)
+    bill = Bill()
+    readings = method.read(batch, protocol, protocol.top_k or model.config.top_k, bill)
     prompts = [model.text.prompt(model.prompts, reading.turn) for reading in readings]
     started = now(model.device)
     texts = answering.generate(
@@ -128,7 +128,7 @@ def _answers(
         max_new_tokens=max_new_tokens,
         role=method.context.role,
     )
-    seconds["generate"] = now(model.device) - started
+    bill.add("generate", now(model.device) - started)
     samples = [sample for sample, _ in batch]
     losses = reference_losses(model, readings, [sample.answers[0] for sample in samples])
     return [
@@ -146,7 +146,7 @@ def _answers(
             loss=loss,
             loss_tokens=tokens,
             **_context_tokens(model, sample, reading, len(prompt)),
-            seconds={part: value / len(batch) for part, value in seconds.items()},
+            seconds={part: value / len(batch) for part, value in bill.seconds.items()},
         )
         for sample, reading, prompt, text, (loss, tokens) in zip(samples, readings, prompts, texts, losses, strict=True)
     ]

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
-from clara_fast.evaluation.encoding import Encoder, now
+from clara_fast.evaluation.encoding import Bill, Encoder, now
 from clara_fast.evaluation.hard_compression import LLMLingua, Shortener, rarest_tokens
 from clara_fast.evaluation.protocol import EvalProtocol, EvalSample
 from clara_fast.evaluation.retrievers import Bm25, Dense, MemoryRetriever, Retriever
@@ -22,8 +22,6 @@ from clara_fast.modeling.roles import NO_ROLE
 
 if TYPE_CHECKING:
     from clara_fast.modeling import Clara
-
-Seconds = dict[str, float]
 
 
 @dataclass
@@ -64,8 +62,8 @@ class Context(Protocol):
 
     role: str
 
-    def fill(self, batch: Sequence[Asked], seconds: Seconds) -> list[tuple[Turn, Tensor]]:
-        """A prompt and memories ``[k, m, D]`` for every question; adds what it took to ``seconds``."""
+    def fill(self, batch: Sequence[Asked], bill: Bill) -> list[tuple[Turn, Tensor]]:
+        """A prompt and memories ``[k, m, D]`` for every question; what it took goes on the ``bill``."""
         ...
 
 
@@ -99,19 +97,19 @@ class Method:
     context: Context
 
     def read(
-        self, batch: Sequence[tuple[EvalSample, EvalSample | None]], rules: EvalProtocol, top_k: int, seconds: Seconds
+        self, batch: Sequence[tuple[EvalSample, EvalSample | None]], rules: EvalProtocol, top_k: int, bill: Bill
     ) -> list[Reading]:
         """What the generator gets for each question of a batch (each with the question that stands in for it)."""
         given = [rules.unranked(sample, top_k) for sample, _ in batch]
         rankings: list[list[int] | None] = [None] * len(batch)
         if self.retriever is not None and any(read is None for read in given):
-            rankings = [*self.retriever.rank([sample for sample, _ in batch], seconds)]
+            rankings = [*self.retriever.rank([sample for sample, _ in batch], bill)]
         asked = []
         for (sample, other), read, ranking in zip(batch, given, rankings, strict=True):
             order = ranking if ranking is not None else list(range(len(sample.documents)))
             chosen = read if read is not None else order[:top_k]
             asked.append(Asked(sample, chosen, other))
-        filled = self.context.fill(asked, seconds)
+        filled = self.context.fill(asked, bill)
         return [
             Reading(turn, memory, self.context.role, one.read, ranking)
             for one, (turn, memory), ranking in zip(asked, filled, rankings, strict=True)
@@ -126,9 +124,9 @@ class MemoryContext:
     def __init__(self, tools: Tools) -> None:
         self.model, self.encoder = tools.model, tools.encoder
 
-    def fill(self, batch: Sequence[Asked], seconds: Seconds) -> list[tuple[Turn, Tensor]]:
+    def fill(self, batch: Sequence[Asked], bill: Bill) -> list[tuple[Turn, Tensor]]:
         texts = [self.texts(asked) for asked in batch]
-        memory = self.encoder.documents([text for group in texts for text in group], seconds)
+        memory = self.encoder.documents([text for group in texts for text in group], bill)
         parts = memory.split([len(group) for group in texts])
         return [(self._turn(asked, len(part)), part) for asked, part in zip(batch, parts, strict=True)]
 
@@ -157,7 +155,7 @@ class TextContext:
         self.model, self.shorten = tools.model, shorten
         self.role = NO_ROLE
 
-    def fill(self, batch: Sequence[Asked], seconds: Seconds) -> list[tuple[Turn, Tensor]]:
+    def fill(self, batch: Sequence[Asked], bill: Bill) -> list[tuple[Turn, Tensor]]:
         started = now(self.model.device)
         text, prompts = self.model.text, self.model.prompts
         turns = []
@@ -169,7 +167,7 @@ class TextContext:
                 prompts.answer_from_text(text.defuse(asked.sample.question), [text.defuse(d) for d in documents])
             )
         if self.shorten is not None:
-            seconds["compress"] = seconds.get("compress", 0.0) + now(self.model.device) - started
+            bill.add("compress", now(self.model.device) - started)
         return [(turn, nothing(self.model)) for turn in turns]
 
 
@@ -181,7 +179,7 @@ class NoContext:
     def __init__(self, tools: Tools) -> None:
         self.model = tools.model
 
-    def fill(self, batch: Sequence[Asked], seconds: Seconds) -> list[tuple[Turn, Tensor]]:
+    def fill(self, batch: Sequence[Asked], bill: Bill) -> list[tuple[Turn, Tensor]]:
         ask, defuse = self.model.prompts.answer_from_text, self.model.text.defuse
         return [(ask(defuse(asked.sample.question), []), nothing(self.model)) for asked in batch]
 

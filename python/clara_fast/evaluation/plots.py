@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -51,18 +52,19 @@ def _draw_quality(axes: Any, results: Sequence[Result], labels: list[str]) -> No
         axes.barh([p + shift for p in places], means, height=0.38, xerr=spread, label=title, capsize=2)
     axes.set_yticks(places, labels)
     axes.invert_yaxis()
+    axes.set_xlim(0, max(5.0, axes.get_xlim()[1]))
     axes.set_xlabel("percent, with 95 % intervals")
     axes.legend()
 
 
 def _draw_tokens(axes: Any, results: Sequence[Result], labels: list[str]) -> None:
-    for result, label in zip(results, labels, strict=True):
+    for result, label, marker in zip(results, labels, cycle("osD^v<>pP*Xhd"), strict=False):
         point = (result.context_tokens, 100 * result.scores["f1"].mean)
-        axes.scatter(*point)
-        axes.annotate(label, point, xytext=(4, 4), textcoords="offset points", fontsize=7)
+        axes.scatter(*point, marker=marker, s=60, label=label.replace("\n", ", "))
     axes.set_xlabel("tokens of context in the prompt")
     axes.set_ylabel("F1, percent")
-    axes.margins(0.15)
+    axes.set_ylim(bottom=0, top=max(5.0, 1.15 * axes.get_ylim()[1]))
+    axes.legend(fontsize=8)
 
 
 def _draw_seconds(axes: Any, results: Sequence[Result], labels: list[str]) -> None:

@@ -10,17 +10,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from clara_fast import ops
-from clara_fast.evaluation.encoding import Encoder, now
+from clara_fast.evaluation.encoding import Bill, Encoder, now
 from clara_fast.evaluation.protocol import EvalSample
-
-Seconds = dict[str, float]
 
 
 class Retriever(Protocol):
     """Orders the candidates of questions."""
 
-    def rank(self, batch: Sequence[EvalSample], seconds: Seconds) -> list[list[int]]:
-        """Indices of each question's documents, best first; adds what it took to ``seconds``."""
+    def rank(self, batch: Sequence[EvalSample], bill: Bill) -> list[list[int]]:
+        """Indices of each question's documents, best first; what it took goes on the ``bill``."""
         ...
 
 
@@ -33,16 +31,16 @@ class MemoryRetriever:
     def __init__(self, encoder: Encoder, *, forget: bool = False) -> None:
         self.encoder, self.forget = encoder, forget
 
-    def rank(self, batch: Sequence[EvalSample], seconds: Seconds) -> list[list[int]]:
-        queries = self.encoder.queries([sample.question for sample in batch], seconds)
-        keys = self.encoder.documents([text for sample in batch for text in sample.documents], seconds)
+    def rank(self, batch: Sequence[EvalSample], bill: Bill) -> list[list[int]]:
+        queries = self.encoder.queries([sample.question for sample in batch], bill)
+        keys = self.encoder.documents([text for sample in batch for text in sample.documents], bill)
         started = now(keys.device)
         groups = keys.flatten(1).split([len(sample.documents) for sample in batch])
         ranked = [
             ops.cosine_topk(query[None], own, len(own))[1][0].tolist()
             for query, own in zip(queries.flatten(1), groups, strict=True)
         ]
-        seconds["select"] = seconds.get("select", 0.0) + now(keys.device) - started
+        bill.add("select", now(keys.device) - started)
         if self.forget:
             self.encoder.forget()
         return ranked
@@ -62,10 +60,10 @@ class Bm25:
             raise ImportError("method 'bm25' needs bm25s: pip install 'clara-fast[eval]'") from None
         self._bm25s = bm25s
 
-    def rank(self, batch: Sequence[EvalSample], seconds: Seconds) -> list[list[int]]:
+    def rank(self, batch: Sequence[EvalSample], bill: Bill) -> list[list[int]]:
         started = now(torch.device("cpu"))
         ranked = [self._rank(sample) for sample in batch]
-        seconds["select"] = seconds.get("select", 0.0) + now(torch.device("cpu")) - started
+        bill.add("select", now(torch.device("cpu")) - started)
         return ranked
 
     def _rank(self, sample: EvalSample) -> list[int]:
@@ -105,7 +103,7 @@ class Dense:
             raise ValueError(f"dense_model ({source}) cannot be loaded: {str(error).splitlines()[0]}") from error
         self.device = device
 
-    def rank(self, batch: Sequence[EvalSample], seconds: Seconds) -> list[list[int]]:
+    def rank(self, batch: Sequence[EvalSample], bill: Bill) -> list[list[int]]:
         started = now(self.device)
         queries = self.embed([sample.question for sample in batch])
         asked = now(self.device)
@@ -118,7 +116,7 @@ class Dense:
         ]
         spent = {"query": asked - started, "compress": compressed - asked, "select": now(self.device) - compressed}
         for part, value in spent.items():
-            seconds[part] = seconds.get(part, 0.0) + value
+            bill.add(part, value)
         return ranked
 
     @torch.no_grad()

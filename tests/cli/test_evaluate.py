@@ -109,7 +109,7 @@ def test_explain(run, store, model, tmp_path):
     assert len(document["slots"]) == 4
     code, out, err = run("explain", "tea?", "-m", model, "--tokens", 2)
     assert code == 0, err
-    assert "retrieved" not in out
+    assert "\nretrieved\n" not in out
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from clara_fast.evaluation.retrievers import Bm25, Dense
 from clara_fast.evaluation.summary import summarize
 from clara_fast.modeling import roles
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*doc_max_length")
 METHODS_HERE = ["none", "other", "memory", "text", "rarest"]
 NORMAL = EvalProtocol()
 

@@ -216,7 +216,7 @@ class Scene:
 # The run
 
 MEMORY_METHODS = {"answer": "answer", "joint step": "joint_step"}
-WORKS = ("compress", "search", "SCP step", "joint step", "answer", *(f"peak memory, {name}" for name in MEMORY_METHODS))
+WORKS = ("compress", "search", "SCP step", "joint step", "answer")
 
 
 @dataclass(frozen=True)
@@ -296,12 +296,13 @@ def results(setting: Setting, rates: Sequence[int], only: str | None, found: Rep
     for rate in rates:
         scene = setting.scene(rate)
         for case in cases(scene, rate, setting.dtype):
-            if wanted(only, f"{case.work} {case.name}"):
+            if wanted(only, f"{case.work} {case.name.split()[0]}"):
                 yield case.run(setting.options, clock, found.ceilings)
         del scene
-    for rate in rates if not setting.options.quick else rates[:1]:
+    quick = setting.options.quick
+    for rate in rates[:1] if quick else rates:
         for name, method in MEMORY_METHODS.items():
-            if wanted(only, f"peak memory {rate}x {name}"):
+            if wanted(only, f"peak memory {rate}x: {name}") and (name == "joint step" or not quick):
                 peaks = {side: measured_alone(setting, rate, side, method) for side in (OURS, TEXT)}
                 result = Result("peak memory", f"{rate}x: {name}", unit="bytes")
                 result.measured = {side: float(p["peak"] - p["before"]) for side, p in peaks.items()}
@@ -350,9 +351,10 @@ def benchmark(
     Raises:
         ValueError: no case is called so, or a dtype or rate that cannot be.
     """
-    names = [f"{work} {rate}x" for work in WORKS for rate in rates]
-    if not any(all(word in name.lower() for word in (only or "").lower().split()) for name in names):
-        raise ValueError(f"--only ({only}) leaves no case; there are {', '.join(WORKS)}")
+    names = [f"{work} {rate}x:" for work in WORKS for rate in rates]
+    names += [f"peak memory {rate}x: {work}" for work in MEMORY_METHODS for rate in rates]
+    if not any(wanted(only, name) for name in names):
+        raise ValueError(f"--only ({only}) leaves no case; there are {', '.join(names)}")
     if options.dtype not in (None, *LIMITS):
         raise ValueError(f"--dtype ({dtype_name(options.dtype)}) must be float32 or bfloat16 for the model")
     # Documents that fill the compressor's length are meant to be cut.

@@ -75,6 +75,22 @@ def test_full_text_knows_no_adapter(model, asked):
         assert all(same) if method in ("text", "rarest") else not any(same), method
 
 
+def test_models_on_one_base_read_the_same_text_once(model, asked, monkeypatch):
+    roles_asked = []
+    generate = harness.answering.generate
+
+    def watched(*arguments, role, **named):
+        roles_asked.append(role)
+        return generate(*arguments, role=role, **named)
+
+    monkeypatch.setattr(harness.answering, "generate", watched)
+    shared = {}
+    first = evaluate(model, asked, ["text", "memory"], of_base=shared, batch_size=5)
+    second = evaluate(model, asked, ["text", "memory"], of_base=shared, batch_size=5)
+    assert roles_asked == [roles.NO_ROLE, "generator", "generator"]
+    assert first["text"] == [replace(b, seconds=a.seconds) for a, b in zip(first["text"], second["text"], strict=True)]
+
+
 def test_gold_reads_the_positives_and_nothing_is_ranked(model, multidoc):
     protocol = EvalProtocol(selection="gold")
     questions = read_eval_set(str(multidoc), protocol)

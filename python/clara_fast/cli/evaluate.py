@@ -111,6 +111,7 @@ def evaluate(
     if "infonce" in names:
         tools["retriever_model"] = ModelChoice.of(retriever_model, None, base_model, device, dtype).load()[0]
     predictions = []
+    of_base: dict[Any, Any] = {}
     with document_progress() as bar:
         for label, choice in choices.items():
             clara, _ = choice.load()
@@ -125,6 +126,7 @@ def evaluate(
                     names,
                     journal,
                     tools=tools,
+                    of_base=of_base,
                     batch_size=batch_size,
                     max_new_tokens=max_new_tokens,
                     progress=lambda count, task=task: bar.advance(task, count),  # type: ignore[misc]

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,7 @@ from clara_fast.evaluation.protocol import EvalProtocol, EvalSample, EvalSet, an
 from clara_fast.modeling import answering
 from clara_fast.modeling.branches import pack_groups
 from clara_fast.modeling.packing import batches_by_tokens, group_prompts
-from clara_fast.modeling.roles import role_parameters
+from clara_fast.modeling.roles import NO_ROLE, role_parameters
 
 if TYPE_CHECKING:
     from clara_fast.modeling import Clara
@@ -26,6 +26,14 @@ if TYPE_CHECKING:
 JOINT_TOKENS, COMPRESSOR_TOKENS = 64, 128
 # Tokens that go through the model at once where only the loss is wanted.
 LOSS_TOKENS = 8192
+
+
+class Outcome(NamedTuple):
+    """A batch's answers, the loss and tokens of the accepted ones, and the seconds that answering took."""
+
+    texts: list[str]
+    losses: list[tuple[float, int]]
+    seconds: float
 
 
 def longest_answer(model: Clara) -> int:
@@ -66,6 +74,7 @@ def run(
     journal: Journal,
     *,
     tools: Mapping[str, Any] | None = None,
+    of_base: dict[Hashable, Outcome] | None = None,
     batch_size: int = 16,
     max_new_tokens: int | None = None,
     progress: Callable[[int], None] | None = None,
@@ -82,6 +91,7 @@ def run(
         methods: names; see :data:`clara_fast.evaluation.methods.METHODS`.
         journal: where predictions go.
         tools: optional fields of :class:`clara_fast.evaluation.methods.Tools`.
+        of_base: what base models said, for models on the same base that get the same prompts; it is added to.
         batch_size: questions at once.
         max_new_tokens: longest answer; default :func:`longest_answer`.
         progress: called with the number of answers after each batch of each method.
@@ -101,55 +111,74 @@ def run(
                     if name not in made:  # loading what a method needs may take a while
                         made[name] = make_method(name, kit)
                     batch = [(samples[i], another(samples, i) if name == "other" else None) for i in rows]
-                    journal.append(_answers(label, questions.name, model, made[name], batch, protocol, length))
+                    work = _Work(label, questions.name, model, protocol, length, of_base if of_base is not None else {})
+                    journal.append(work.predictions(made[name], batch))
                 if progress is not None:
                     progress(len(rows))
             kit.encoder.forget()
     return journal.predictions(Key(label, questions.name, name, sample.id) for name in methods for sample in samples)
 
 
-def _answers(
-    label: str,
-    dataset: str,
-    model: Clara,
-    method: Method,
-    batch: Sequence[tuple[EvalSample, EvalSample | None]],
-    protocol: EvalProtocol,
-    max_new_tokens: int,
-) -> list[Prediction]:
-    bill = Bill()
-    readings = method.read(batch, protocol, protocol.top_k or model.config.top_k, bill)
-    prompts = [model.text.prompt(model.prompts, reading.turn) for reading in readings]
-    started = now(model.device)
-    texts = answering.generate(
-        model,
-        prompts,
-        [reading.memory for reading in readings],
-        max_new_tokens=max_new_tokens,
-        role=method.context.role,
-    )
-    bill.add("generate", now(model.device) - started)
-    samples = [sample for sample, _ in batch]
-    losses = reference_losses(model, readings, [sample.answers[0] for sample in samples])
-    return [
-        Prediction(
-            model=label,
-            dataset=dataset,
-            method=method.name,
-            id=sample.id,
-            text=text,
-            answers=sample.answers,
-            read=reading.read,
-            ranking=reading.ranking,
-            positives=sample.positives,
-            absent=sample.absent,
-            loss=loss,
-            loss_tokens=tokens,
-            **_context_tokens(model, sample, reading, len(prompt)),
-            seconds={part: value / len(batch) for part, value in bill.seconds.items()},
-        )
-        for sample, reading, prompt, text, (loss, tokens) in zip(samples, readings, prompts, texts, losses, strict=True)
-    ]
+@dataclass
+class _Work:
+    """One model's work on one data set."""
+
+    label: str
+    dataset: str
+    model: Clara
+    protocol: EvalProtocol
+    max_new_tokens: int
+    of_base: dict[Hashable, Outcome]
+
+    def predictions(self, method: Method, batch: Sequence[tuple[EvalSample, EvalSample | None]]) -> list[Prediction]:
+        """The method's answers to a batch of questions, each with the one that stands in for it."""
+        bill, model = Bill(), self.model
+        readings = method.read(batch, self.protocol, self.protocol.top_k or model.config.top_k, bill)
+        samples = [sample for sample, _ in batch]
+        prompts = [model.text.prompt(model.prompts, reading.turn) for reading in readings]
+        texts, losses, seconds = self._outcome(readings, prompts, [sample.answers[0] for sample in samples])
+        bill.add("generate", seconds)
+        return [
+            Prediction(
+                model=self.label,
+                dataset=self.dataset,
+                method=method.name,
+                id=sample.id,
+                text=text,
+                answers=sample.answers,
+                read=reading.read,
+                ranking=reading.ranking,
+                positives=sample.positives,
+                absent=sample.absent,
+                loss=loss,
+                loss_tokens=tokens,
+                **_context_tokens(model, sample, reading, len(prompt)),
+                seconds={part: value / len(batch) for part, value in bill.seconds.items()},
+            )
+            for sample, reading, prompt, text, (loss, tokens) in zip(
+                samples, readings, prompts, texts, losses, strict=True
+            )
+        ]
+
+    def _outcome(self, readings: Sequence[Reading], prompts: Sequence[list[int]], answers: Sequence[str]) -> Outcome:
+        model, role = self.model, readings[0].role
+        if role == NO_ROLE and not model.own_tables:
+            base = (model.config.base_model, model.dtype, self.max_new_tokens)
+            key = (*base, tuple(map(tuple, prompts)), tuple(answers))
+            if key not in self.of_base:
+                self.of_base[key] = self._generate(readings, prompts, answers, role)
+            return self.of_base[key]
+        return self._generate(readings, prompts, answers, role)
+
+    def _generate(
+        self, readings: Sequence[Reading], prompts: Sequence[list[int]], answers: Sequence[str], role: str
+    ) -> Outcome:
+        model, length = self.model, self.max_new_tokens
+        started = now(model.device)
+        memories = [reading.memory for reading in readings]
+        texts = answering.generate(model, prompts, memories, max_new_tokens=length, role=role)
+        seconds = now(model.device) - started
+        return Outcome(texts, reference_losses(model, readings, answers), seconds)
 
 
 def reference_losses(model: Clara, readings: Sequence[Reading], answers: Sequence[str]) -> list[tuple[float, int]]:

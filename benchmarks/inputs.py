@@ -78,12 +78,14 @@ def write_random_base(folder: Path, layers: int, *, tiny: bool) -> str:
     )
 
 
-def load_model(base: Path, *, doc_max_length: int, dtype: torch.dtype, device: torch.device) -> Clara:
+def load_model(
+    base: Path, *, doc_max_length: int, dtype: torch.dtype, device: torch.device, compression_rate: int = 16
+) -> Clara:
     """A model on ``base`` with all three roles, whose adapters do something; without dropout, so it can be checked."""
     model = Clara.from_base(
         base,
         doc_max_length=doc_max_length,
-        compression_rate=16,
+        compression_rate=compression_rate,
         lora={"dropout": 0.0},
         dtype=dtype,
         device=device,

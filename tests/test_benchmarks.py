@@ -11,7 +11,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from clara_fast.benchmarks import compressed_context_attention, harness, machine, model, ops, roofline, select_memory
+from clara_fast.benchmarks import (
+    compressed_context_attention,
+    end_to_end,
+    harness,
+    machine,
+    model,
+    ops,
+    roofline,
+    select_memory,
+)
 from clara_fast.benchmarks import timing as clocks
 from clara_fast.benchmarks.harness import OURS, Bar, Case, Contest, Floor, Options, Result
 from clara_fast.cli import main as clara_fast_command
@@ -126,7 +135,32 @@ def test_model(tmp_path):
     assert all(by_work["peak memory"]["contestants"][side]["value"] >= before[side] > 0 for side in before)
 
 
+def test_memories_beside_full_text(tmp_path):
+    picture = tmp_path / "end_to_end.png"
+    pytest.importorskip("matplotlib")
+    results = check_document(run(end_to_end, tmp_path, "--rates", "16", "--plot", str(picture)))
+    by_work = {one["work"]: one for one in results.values()}
+    assert list(by_work) == [*end_to_end.WORKS, "peak memory"]
+    for work in ("SCP step", "joint step", "answer", "peak memory"):
+        assert by_work[work]["contestants"].keys() == {OURS, end_to_end.TEXT}
+    tokens = by_work["answer"]["notes"]["prompt_tokens"]
+    assert tokens[OURS] < tokens[end_to_end.TEXT]
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
 # What is wrong gets no speed
+
+
+def test_a_wrong_answer_is_refused(monkeypatch, capsys):
+    right = end_to_end.answering.generate_ids
+
+    def wrong(*arguments, **named):
+        ids = right(*arguments, **named)
+        return (ids + 1) % 100
+
+    monkeypatch.setattr(end_to_end.answering, "generate_ids", wrong)
+    assert end_to_end.main(["--quick", "--rates", "16", "--only", "answer 16x:"]) == 1
+    assert "behind the likeliest one" in capsys.readouterr().out
 
 
 def test_a_wrong_kernel_is_refused(tmp_path, monkeypatch, capsys):

@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from clara_fast.cli import ask, bench, compress, demo, info, inspect, search, synthesize, train
+from clara_fast.cli import ask, bench, compress, demo, evaluate, explain, info, inspect, search, synthesize, train
 from clara_fast.cli.output import error_line, show_warning
 
 RUNTIME_ERROR, BAD_INPUT, INTERRUPTED = 1, 2, 130
@@ -26,8 +26,9 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for module in (demo, compress, search, ask, inspect, info, bench, synthesize):
+for module in (demo, compress, search, ask, explain, inspect, info, bench, synthesize):
     app.command()(getattr(module, module.__name__.rpartition(".")[2]))
+app.command("eval")(evaluate.evaluate)
 app.add_typer(train.app, name="train")
 
 

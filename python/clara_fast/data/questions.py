@@ -51,9 +51,9 @@ def read_multidoc(
 ) -> list[QuestionSample]:
     """Read ``.jsonl`` or ``.jsonl.gz`` files of ``{"question", "docs", "pos_index"}`` and answers.
 
-    Of the answers at least one must be there: ``gold_answer`` (text, or a list of aliases), ``answers`` (a list of
-    accepted ones) or ``answer`` (a teacher's, for instruction tuning). ``pos_index`` may be missing; ``gold_ids`` may
-    name documents of a store instead.
+    Of the answers at least one must be there: ``gold_answer`` (text, or a list of aliases), ``answers`` or
+    ``golden_answers`` (a list of accepted ones) or ``answer`` (a teacher's, for instruction tuning). ``pos_index`` may
+    be missing; ``gold_ids`` may name documents of a store instead.
 
     Args:
         paths: one file or several.
@@ -85,7 +85,7 @@ def _sample(row: dict[str, Any], place: str, need_documents: bool) -> QuestionSa
     if not isinstance(gold_ids, list):
         raise ValueError(f"{place}: gold_ids must be a list of ids, not {type(gold_ids).__name__}")
     teacher = row["answer"] if is_text(row.get("answer")) else None
-    gold = [*_answers(row, "gold_answer", place), *_answers(row, "answers", place)]
+    gold = [a for key in ("gold_answer", "golden_answers", "answers") for a in _answers(row, key, place)]
     answers = list(dict.fromkeys(gold)) or ([teacher] if teacher else [])
     if not answers:
         raise ValueError(f"{place}: there is no answer: gold_answer, answers or answer must hold one with text")

@@ -12,12 +12,14 @@ if TYPE_CHECKING:
     from clara_fast.modeling.clara import ClaraOutput as ClaraOutput
     from clara_fast.modeling.config import ClaraConfig as ClaraConfig
     from clara_fast.modeling.config import LoraSettings as LoraSettings
+    from clara_fast.modeling.explaining import Explanation as Explanation
 
 _HOME_OF = {
     "Answer": "answering",
     "Clara": "clara",
     "ClaraConfig": "config",
     "ClaraOutput": "clara",
+    "Explanation": "explaining",
     "LoraSettings": "config",
     "Source": "answering",
 }

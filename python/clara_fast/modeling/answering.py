@@ -154,17 +154,26 @@ def generate(
     memories: Sequence[Tensor],
     *,
     max_new_tokens: int,
+    role: str = "generator",
     **options: Any,
 ) -> list[str]:
     """Let the generator go on from prompts (token ids) whose memory slots are filled with ``memories [k, m, D]``.
 
-    Greedy unless ``options`` say otherwise; they go to transformers' ``generate``.
+    Greedy unless ``options`` say otherwise; they go to transformers' ``generate``. Another ``role`` may answer, or the
+    base model without adapters (:data:`clara_fast.modeling.roles.NO_ROLE`).
     """
-    sequences = generate_ids(model, prompts, memories, max_new_tokens=max_new_tokens, **options)
+    sequences = generate_ids(model, prompts, memories, role=role, max_new_tokens=max_new_tokens, **options)
     return [text.strip() for text in model.tokenizer.batch_decode(sequences, skip_special_tokens=True)]
 
 
-def generate_ids(model: Clara, prompts: Sequence[list[int]], memories: Sequence[Tensor], **options: Any) -> Tensor:
+def generate_ids(
+    model: Clara,
+    prompts: Sequence[list[int]],
+    memories: Sequence[Tensor],
+    *,
+    role: str = "generator",
+    **options: Any,
+) -> Tensor:
     """The token ids behind :func:`generate`: ``[B, new tokens]``, padded behind the end-of-sequence token."""
     if not prompts:
         return torch.empty(0, 0, dtype=torch.int64)
@@ -184,7 +193,7 @@ def generate_ids(model: Clara, prompts: Sequence[list[int]], memories: Sequence[
             embeds[row, length - len(ids) :] = filled.index_copy(0, places, flat)
             mask[row, length - len(ids) :] = 1
         options = {"do_sample": False, "pad_token_id": model.tokenizer.pad_token_id, **options}
-        with default_role(model.lm.get_decoder(), "generator"):
+        with default_role(model.lm.get_decoder(), role):
             return model.lm.generate(inputs_embeds=embeds, attention_mask=mask, **options)
 
 

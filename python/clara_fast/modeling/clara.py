@@ -496,6 +496,16 @@ class Clara(nn.Module):
 
         return paraphrase(self, memory, instruction=instruction, **generate_options)
 
+    def explain(self, question: str, **options: Any) -> Any:
+        """An :class:`Explanation`: the question's memory in words, and what an answer teaches the retriever.
+
+        ``options`` are those of :func:`clara_fast.modeling.explaining.explain`: ``store`` or ``documents``, ``answer``,
+        ``top_k``, ``num_candidates``, ``num_tokens``.
+        """
+        from clara_fast.modeling.explaining import explain
+
+        return explain(self, question, **options)
+
     def _entry(self, embeds: Tensor, role: str) -> Tensor:
         """What enters the first layer. Reentrant checkpointing gives gradients only where its input asks for one."""
         if role in self.trainable and torch.is_grad_enabled() and not embeds.requires_grad:

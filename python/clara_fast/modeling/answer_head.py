@@ -123,9 +123,10 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         asked = ctx.needs_input_grad[0]
         gradient = torch.empty_like(hidden) if asked else None
         total = torch.zeros((), dtype=_wide(hidden), device=hidden.device)
-        rows = start = 0
+        limit = DEVICE_CHUNK if hidden.is_cuda else CPU_CHUNK
+        # Where the head does not say how wide its logits are, one row tells.
+        rows, start = limit // getattr(head, "out_features", limit), 0
         while start < len(hidden):
-            # The head itself says how wide its logits are: the first chunk is one row.
             chunk = hidden[start : start + max(rows, 1)].detach()
             with torch.set_grad_enabled(asked):
                 logits = head(chunk.requires_grad_(asked))
@@ -134,7 +135,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 gradient[start : start + len(chunk)] = torch.autograd.grad(loss, chunk)[0]
             total += loss.detach()
             start += len(chunk)
-            rows = max(1, (DEVICE_CHUNK if hidden.is_cuda else CPU_CHUNK) // logits.shape[-1])
+            rows = limit // logits.shape[-1]
         ctx.save_for_backward(gradient)
         return total
 

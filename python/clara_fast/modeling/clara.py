@@ -492,7 +492,8 @@ class Clara(nn.Module):
         """An :class:`Answer` for one question, a list for several, from exactly one source.
 
         ``options`` are those of :func:`clara_fast.modeling.answering.answer`, which says more: ``store``, ``documents``
-        or ``memory`` ``[k, m, D]``; ``top_k``, ``max_new_tokens``; the rest goes to transformers' ``generate``.
+        or ``memory`` ``[k, m, D]`` (of each question); ``top_k``, ``max_new_tokens``; the rest goes to transformers'
+        ``generate``.
 
         Raises:
             ValueError: none or several sources, ``top_k`` above the number of documents, a store of another model.

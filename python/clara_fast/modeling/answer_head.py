@@ -133,6 +133,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 loss = F.cross_entropy(logits.to(_wide(logits)), labels[start : start + len(chunk)], reduction="sum")
             if gradient is not None:
                 loss.backward()  # reaches the chunk alone: the head is frozen
+                assert chunk.grad is not None
                 gradient[start : start + len(chunk)] = chunk.grad
             total += loss.detach()
             start += len(chunk)

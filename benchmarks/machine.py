@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from clara_fast._memory import peak_memory
 from clara_fast.benchmarks.timing import Clock
 
 _PACKAGES = ("clara-fast", "torch", "triton", "transformers", "faiss-cpu", "flash-attn")
@@ -112,22 +113,6 @@ def cpu_name() -> str:
         fields[key.strip()] = value.strip()
     name = fields.get("model name", platform.machine())
     return f"{name} (family {fields['cpu family']}, model {fields['model']})" if "cpu family" in fields else name
-
-
-def peak_memory() -> int:
-    """Bytes of the largest resident set since the start or :func:`reset_peak_memory`.
-
-    Linux's VmHWM rather than ``ru_maxrss``: that one also counts the parent's memory at the time of the fork.
-    """
-    status = Path("/proc/self/status")
-    if status.is_file():
-        for line in status.read_text().splitlines():
-            if line.startswith("VmHWM"):
-                return int(line.split()[1]) << 10
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if platform.system() == "Darwin" else peak << 10
 
 
 def reset_peak_memory() -> int:

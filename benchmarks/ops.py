@@ -18,6 +18,7 @@ import torch
 from rich.console import Console
 
 from clara_fast.benchmarks import (
+    answer_loss,
     call_overhead,
     compressed_context_attention,
     cosine_topk,
@@ -31,7 +32,7 @@ from clara_fast.benchmarks.harness import Options, Result, in_one_line
 from clara_fast.benchmarks.report import Report
 from clara_fast.benchmarks.timing import clock_for
 
-MODULES = (call_overhead, pool_memory, select_memory, compressed_context_attention, cosine_topk)
+MODULES = (call_overhead, pool_memory, select_memory, compressed_context_attention, cosine_topk, answer_loss)
 
 
 def all_cases(options: Options, only: str | None = None) -> Iterator:

@@ -95,10 +95,13 @@ def test_instruct_compress_and_train_jointly(base, tmp_path, capsys):
     assert main(["compress", train, "--text-field", "docs", "--model", tuned, "--out", store, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["documents"] == len(THINGS)
     command = ["train", "joint", train, "--model", tuned, "--top-k", "2", *common]
-    assert main([*command, "--out", joint, "--store", store]) == 0
+    assert main([*command, "--out", joint, "--store", store, "--eval-answers", "3", "--report-to", "tensorboard"]) == 0
+    assert list((tmp_path / "joint").glob("runs/*/events.out.tfevents.*"))
     report = json.loads(capsys.readouterr().out)
     assert report["steps"] == 2, "the command line counts before the file"
-    assert {"eval_recall@1", "eval_loss_other_memory"} <= {key for entry in report["log"] for key in entry}
+    assert {"eval_recall@1", "eval_loss_other_memory", "eval_em", "eval_f1", "eval_cover", "mfu"} <= {
+        key for entry in report["log"] for key in entry
+    }
     assert [e["grad_norm_query_reasoner"] for e in report["log"] if "loss" in e]
     assert main([*command, "--out", joint, "--store", store, "--candidates", "search", "--steps", "3"]) == 0
     assert json.loads(capsys.readouterr().out)["steps"] == 3
@@ -107,6 +110,16 @@ def test_instruct_compress_and_train_jointly(base, tmp_path, capsys):
     assert main(["ask", store, "Where is the bell?", "--model", joint, "--json", "--top-k", "2"]) == 0
     assert main([*command, "--out", joint, "--candidates", "search"]) == 2
     assert "need a store" in capsys.readouterr().err
+
+
+def test_reports_that_cannot_be_made(monkeypatch):
+    assert train._reports("none") == ["none"]
+    assert train._reports("tensorboard") == ["tensorboard"]
+    with pytest.raises(ValueError, match=r"report_to \(tensorbord\) must be none or some of .*tensorboard, .*wandb"):
+        train._reports("tensorboard, tensorbord")
+    monkeypatch.setattr("transformers.integrations.get_available_reporting_integrations", list)
+    with pytest.raises(ImportError, match=r"report_to \(wandb\) needs .*: pip install clara-fast\[wandb\]"):
+        train._reports("wandb")
 
 
 class TestConfig:

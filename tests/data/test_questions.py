@@ -7,7 +7,7 @@ import json
 
 import pytest
 
-from clara_fast.data import read_multidoc
+from clara_fast.data import read_multidoc, read_scp
 
 GOOD = {"id": "g", "question": "Who?", "docs": ["Ann came.", "Bob left."], "gold_answer": "Ann"}
 
@@ -36,6 +36,37 @@ def test_the_formats_of_both_stages(tmp_path):
     assert len(read_multidoc([tmp_path / "a.jsonl.gz", tmp_path / "a.jsonl.gz"], limit=3)) == 3
 
 
+def test_the_references_other_names(tmp_path):
+    """Its loader takes documents and answers under several names; its evaluation files have golden_answers."""
+    rows = {"question": "Who?", "context": ["Ann came."], "golden_answers": ["Ann", "Anna"], "pos_index": 0}
+    asked = read_multidoc(write(tmp_path / "dev.jsonl", rows))[0]
+    assert (asked.documents, asked.answers, asked.positives) == (["Ann came."], ["Ann", "Anna"], [0])
+    qa = {"content": ["Ann came."], "question": "Who?", "answer": "Ann"}
+    paraphrase = {"data_type": "paraphrase", "docs": ["Ann came."], "question": "", "answers": ["It was Ann who came."]}
+    first, second = read_scp(write(tmp_path / "scp.jsonl", qa, "", paraphrase))
+    assert (first.document, first.pairs) == ("Ann came.", [("Who?", "Ann")])
+    assert (second.questions, second.answers) == ([], ["It was Ann who came."])
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", json.dumps(GOOD).encode() + b'\n{"question": "caf\xe9"}\n', "a.jsonl, line 2: not UTF-8"),
+        ("a.jsonl.gz", gzip.compress(json.dumps(GOOD).encode() * 99)[:-20], "a.jsonl.gz: damaged gzip file"),
+        ("a.jsonl.gz", b"plain", "a.jsonl.gz: damaged gzip file"),
+    ],
+)
+def test_damaged_files(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        read_multidoc(tmp_path / name)
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b"\xef\xbb\xbf" + json.dumps(GOOD).encode())
+    assert read_multidoc(tmp_path / "a.jsonl")[0].id == "g"
+
+
 @pytest.mark.parametrize(
     ("row", "message"),
     [
@@ -44,6 +75,7 @@ def test_the_formats_of_both_stages(tmp_path):
         ({**GOOD, "question": ["A?", "B?"]}, "question must hold one question with text"),
         ({**GOOD, "docs": []}, "docs must hold at least one candidate document"),
         ({**GOOD, "docs": "Ann came."}, "docs must be a list of documents, not str"),
+        ({**GOOD, "docs": None, "context": "Ann came."}, "context must be a list of documents, not str"),
         ({**GOOD, "docs": ["Ann came.", " "]}, r"docs\[1\] must hold text"),
         ({**GOOD, "gold_answer": None}, "there is no answer"),
         ({**GOOD, "answers": ["Ann", ""]}, "answers must hold answers with text"),

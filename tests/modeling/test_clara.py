@@ -111,6 +111,17 @@ def test_answers_from_a_store(model, base, tmp_path):
         foreign.answer("What?", store=store, top_k=1)
 
 
+def test_one_batch_reads_other_memories_for_each_question(model):
+    """As many documents as each question has, none included: together as alone."""
+    memory = quiet_compress(model, DOCUMENTS[:3])
+    questions, memories = ["Which bridge?", "Who made the tea?", "What?"], [memory[:1], memory[1:], memory[:0]]
+    together = model.answer(questions, memory=memories, max_new_tokens=6)
+    alone = [model.answer(q, memory=m, max_new_tokens=6).text for q, m in zip(questions, memories, strict=True)]
+    assert [answer.text for answer in together] == alone
+    assert [len(answer.documents) for answer in together] == [1, 2, 0]
+    assert len(set(alone)) == 3
+
+
 def test_generation_options_and_streaming(model):
     from transformers import TextIteratorStreamer
 
@@ -318,8 +329,12 @@ class TestBadInput:
     def test_ragged_lists(self, model):
         with pytest.raises(ValueError, match="one list for each of 2 questions"):
             model.answer(["Who?", "Where?"], documents=[["Ann."], ["There."], ["Then."]])
-        with pytest.raises(ValueError, match=r"memory .* must be \[k, m, D\]"):
+        with pytest.raises(ValueError, match=r"memory must hold one \[k, m, D\] for each of these 2 questions, not 3"):
             model.answer(["Who?", "Where?"], memory=torch.zeros(3, 2, 4, 32))
+        with pytest.raises(
+            ValueError, match=r"memory of question 1 \(\(2, 3, 32\)\) must be \[k, m, D\] with m, D = \(4, 32\)"
+        ):
+            model.answer(["Who?", "Where?"], memory=[torch.zeros(1, 4, 32), torch.zeros(2, 3, 32)])
 
     def test_no_source_or_two(self, model):
         with pytest.raises(ValueError, match="exactly one of store, documents and memory"):

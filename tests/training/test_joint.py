@@ -113,6 +113,7 @@ def test_only_the_answer_teaches_retrieval(tmp_path, gradient, monkeypatch):
         num_candidates=6,
         top_k=1,
         save_strategy="no",
+        eval_answers=48,
     )
     questions, held_out = make_questions(3840, 6, seed=1), make_questions(128, 6, seed=2)
     trainer = JointTrainer(model, settings, questions, held_out, store=store)
@@ -125,6 +126,8 @@ def test_only_the_answer_teaches_retrieval(tmp_path, gradient, monkeypatch):
         assert after["eval_recall@1"] > 0.95
         assert after["eval_loss_memory"] < 0.2 < 1.0 < after["eval_loss_other_memory"]
         assert all(norm > 0 for norm in norms)
+        # The generator reads what is retrieved: it answers as often as retrieval is right.
+        assert before["eval_em"] < 0.5 < 0.85 < after["eval_em"] <= after["eval_cover"]
         assert all(entry["tokens_per_second"] > 0 for entry in trainer.state.log_history if "loss" in entry)
     else:
         assert after["eval_recall@1"] == before["eval_recall@1"]

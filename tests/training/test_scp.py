@@ -91,6 +91,37 @@ def test_it_learns_to_read_the_memory(base, tmp_path):
     assert {f"eval_loss_{name}" for name in CONTROLS} <= metrics.keys()
 
 
+def test_answers_at_evaluation_and_the_log_in_tensorboard(base, tmp_path, monkeypatch):
+    """What memory teaches shows in EM, F1 and cover match; TensorBoard's own files hold what the log holds."""
+    event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "events"))
+    options = {"max_steps": 40, "per_device_train_batch_size": 24, "max_grad_norm": 1.0, "eval_answers": 5}
+    options |= {"report_to": ["tensorboard"], "save_strategy": "no", "eval_strategy": "steps", "eval_steps": 20}
+    trainer = ScpTrainer(new_model(base), arguments(tmp_path, **options), SAMPLES, SAMPLES)
+    before = trainer.evaluate()
+    assert before["eval_em"] == 0
+    trainer.train()
+    after = [entry for entry in trainer.state.log_history if "eval_em" in entry][-1]
+    # Answers of one word, alone: all three agree, and are as good as the loss says.
+    assert after["eval_loss"] < 0.1
+    assert after["eval_em"] == after["eval_f1"] == after["eval_cover"] == 1
+
+    events = event_accumulator.EventAccumulator(str(tmp_path / "events"))
+    events.Reload()
+    written = {tag: {e.step: e.value for e in events.Scalars(tag)} for tag in events.Tags()["scalars"]}
+    names = ["loss", "mfu", "tokens_per_second", "peak_memory_gib", "grad_norm_compressor", "grad_norm_generator"]
+    for name in names:
+        logged = {e["step"]: e[name] for e in trainer.state.log_history if name in e}
+        assert logged.keys() == set(range(1, 41))
+        assert all(value > 0 for value in logged.values())
+        assert written[f"train/{name}"] == pytest.approx(logged, rel=1e-6)
+    for name in ("em", "f1", "cover", *(f"loss_{control}" for control in CONTROLS)):
+        logged = {e["step"]: e[f"eval_{name}"] for e in trainer.state.log_history if f"eval_{name}" in e}
+        assert {20, 40} == logged.keys()
+        # The Trainer's own log starts anew with the training; TensorBoard's has the evaluation before it too.
+        assert written[f"eval/{name}"] == pytest.approx({0: before[f"eval_{name}"], **logged}, rel=1e-6)
+
+
 def test_accumulated_steps_equal_one_large_batch(base, tmp_path):
     """Losses are averaged over answer tokens of the whole step, however it is cut into batches."""
     uneven = [

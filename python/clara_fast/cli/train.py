@@ -27,6 +27,12 @@ AccumulateOption = Annotated[int, typer.Option(help="Batches per optimizer step.
 EvalEveryOption = Annotated[int, typer.Option(help="Steps between evaluations and checkpoints.")]
 DtypeOption = Annotated[str, typer.Option(help="Of the base model: auto, float32, bfloat16, float16.")]
 SeedOption = Annotated[int, typer.Option(help="Of order, dropout and targets.")]
+AnswersOption = Annotated[
+    int, typer.Option(help="Held-out questions to answer at each evaluation, for EM, F1 and cover match (slow).")
+]
+ReportOption = Annotated[
+    str, typer.Option(help="Where the log goes too: tensorboard, wandb, ... (comma-separated, as transformers has it).")
+]
 
 # How many training passages the connector takes its first statistics from.
 CALIBRATION_PASSAGES = 64
@@ -44,6 +50,7 @@ def scp(
     base_model: BaseModelOption = None,
     eval_file: EvalOption = None,
     eval_samples: EvalSamplesOption = 64,
+    eval_answers: AnswersOption = 0,
     max_words: Annotated[int | None, typer.Option(help="Leave out passages with more words.")] = None,
     doc_max_length: Annotated[int, typer.Option(help="Tokens read of each document.")] = 256,
     compression_rate: Annotated[
@@ -60,6 +67,7 @@ def scp(
     learning_rate: Annotated[float, typer.Option(help="Learning rate of the adapters.")] = 1e-4,
     reconstruction: Annotated[float, typer.Option(help="Share of passages to be written out instead.")] = 0.0,
     eval_every: EvalEveryOption = 100,
+    report_to: ReportOption = "none",
     dtype: DtypeOption = "auto",
     seed: SeedOption = 0,
     config: ConfigOption = None,
@@ -94,7 +102,10 @@ def scp(
         if connector and _last_checkpoint(out) is None:
             clara.calibrate_connector([s.document for s in samples[:CALIBRATION_PASSAGES]])
     settings = {
-        **_common(out, steps, epochs, batch_size, learning_rate, eval_every, seed, evaluate=held_out is not None),
+        **_common(
+            out, steps, epochs, batch_size, learning_rate, eval_every, report_to, seed, evaluate=held_out is not None
+        ),
+        "eval_answers": eval_answers,
         "gradient_accumulation_steps": accumulate,
         "reconstruction": reconstruction,
         **arguments_of(context),
@@ -119,6 +130,7 @@ def retriever(
     negatives: Annotated[int, typer.Option(help="Documents drawn from the store against each batch.")] = 1024,
     learning_rate: Annotated[float, typer.Option(help="Learning rate of the query reasoner.")] = 1e-4,
     eval_every: EvalEveryOption = 100,
+    report_to: ReportOption = "none",
     dtype: DtypeOption = "auto",
     seed: SeedOption = 0,
     config: ConfigOption = None,
@@ -137,7 +149,9 @@ def retriever(
     questions = read_questions(train, memories)
     held_out = read_questions(eval_file, memories) if eval_file is not None else None
     settings = {
-        **_common(out, steps, epochs, batch_size, learning_rate, eval_every, seed, evaluate=held_out is not None),
+        **_common(
+            out, steps, epochs, batch_size, learning_rate, eval_every, report_to, seed, evaluate=held_out is not None
+        ),
         "negatives": negatives,
         **arguments_of(context),
     }
@@ -155,6 +169,7 @@ def instruct(
     base_model: BaseModelOption = None,
     eval_file: EvalOption = None,
     eval_samples: EvalSamplesOption = 64,
+    eval_answers: AnswersOption = 0,
     documents: Annotated[int, typer.Option(help="Documents read per question, at most; known positives first.")] = 5,
     keep_generator: Annotated[bool, typer.Option(help="Go on with the model's generator, not with a new one.")] = False,
     steps: StepsOption = -1,
@@ -163,6 +178,7 @@ def instruct(
     accumulate: AccumulateOption = 1,
     learning_rate: Annotated[float, typer.Option(help="Learning rate of compressor and generator.")] = 1e-4,
     eval_every: EvalEveryOption = 100,
+    report_to: ReportOption = "none",
     dtype: DtypeOption = "auto",
     seed: SeedOption = 0,
     config: ConfigOption = None,
@@ -180,7 +196,10 @@ def instruct(
     samples = read_multidoc(train)
     held_out = read_multidoc(eval_file, limit=eval_samples) if eval_file is not None else None
     settings = {
-        **_common(out, steps, epochs, batch_size, learning_rate, eval_every, seed, evaluate=held_out is not None),
+        **_common(
+            out, steps, epochs, batch_size, learning_rate, eval_every, report_to, seed, evaluate=held_out is not None
+        ),
+        "eval_answers": eval_answers,
         "gradient_accumulation_steps": accumulate,
         "num_documents": documents,
         "fresh_generator": not keep_generator,
@@ -205,6 +224,7 @@ def joint(
     ] = None,
     eval_file: EvalOption = None,
     eval_samples: EvalSamplesOption = 64,
+    eval_answers: AnswersOption = 0,
     candidates: Annotated[
         str, typer.Option(help="'data': each question's own documents; 'search': the nearest in the store.")
     ] = "data",
@@ -217,6 +237,7 @@ def joint(
     accumulate: AccumulateOption = 1,
     learning_rate: Annotated[float, typer.Option(help="Learning rate of query reasoner and generator.")] = 5e-6,
     eval_every: EvalEveryOption = 100,
+    report_to: ReportOption = "none",
     dtype: DtypeOption = "auto",
     seed: SeedOption = 0,
     config: ConfigOption = None,
@@ -236,7 +257,10 @@ def joint(
     samples = read_multidoc(train, need_documents=own)
     held_out = read_multidoc(eval_file, need_documents=own, limit=eval_samples) if eval_file is not None else None
     settings = {
-        **_common(out, steps, epochs, batch_size, learning_rate, eval_every, seed, evaluate=held_out is not None),
+        **_common(
+            out, steps, epochs, batch_size, learning_rate, eval_every, report_to, seed, evaluate=held_out is not None
+        ),
+        "eval_answers": eval_answers,
         "gradient_accumulation_steps": accumulate,
         "candidates": candidates,
         "num_candidates": num_candidates,
@@ -265,6 +289,7 @@ def _common(
     batch_size: int,
     learning_rate: float,
     eval_every: int,
+    report_to: str,
     seed: int,
     *,
     evaluate: bool,
@@ -283,9 +308,25 @@ def _common(
         "save_steps": eval_every,
         "save_total_limit": 2,
         "logging_steps": 10,
-        "report_to": "none",
+        "report_to": _reports(report_to),
         "seed": seed,
     }
+
+
+def _reports(names: str) -> list[str]:
+    """The names in a list; raises ``ValueError`` or ``ImportError`` for one that transformers could not report to."""
+    from transformers import integrations
+
+    wanted = [name for name in names.replace(" ", "").split(",") if name not in ("", "none")]
+    known = integrations.integration_utils.INTEGRATION_TO_CALLBACK
+    for name in wanted:
+        if name not in known:
+            raise ValueError(f"report_to ({name}) must be none or some of {', '.join(sorted(known))}")
+        if name not in integrations.get_available_reporting_integrations():
+            extra = name if name in ("tensorboard", "wandb") else None
+            how = f"clara-fast[{extra}]" if extra else name
+            raise ImportError(f"report_to ({name}) needs a package that is not installed: pip install {how}")
+    return wanted or ["none"]
 
 
 def _run(trainer: Any, out: Path, json: bool) -> None:

@@ -7,7 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from clara_fast.data.rows import is_text, read_files
+from clara_fast.data.rows import documents_of, is_text, read_files
+
+GOLD_FIELDS = ("gold_answer", "golden_answers", "answers")
 
 
 @dataclass
@@ -51,9 +53,10 @@ def read_multidoc(
 ) -> list[QuestionSample]:
     """Read ``.jsonl`` or ``.jsonl.gz`` files of ``{"question", "docs", "pos_index"}`` and answers.
 
-    Of the answers at least one must be there: ``gold_answer`` (text, or a list of aliases), ``answers`` or
-    ``golden_answers`` (a list of accepted ones) or ``answer`` (a teacher's, for instruction tuning). ``pos_index`` may
-    be missing; ``gold_ids`` may name documents of a store instead.
+    Of the answers at least one must be there: ``gold_answer``, ``golden_answers`` or ``answers`` (text, or a list of
+    accepted ones) or ``answer`` (a teacher's, for instruction tuning). ``docs`` may be called ``context`` or
+    ``content``, as the reference has it. ``pos_index`` may be missing; ``gold_ids`` may name documents of a store
+    instead.
 
     Args:
         paths: one file or several.
@@ -73,9 +76,7 @@ def _sample(row: dict[str, Any], place: str, need_documents: bool) -> QuestionSa
         question = question[0]
     if not is_text(question):
         raise ValueError(f"{place}: question must hold one question with text")
-    documents = row.get("docs", [])
-    if not isinstance(documents, list):
-        raise ValueError(f"{place}: docs must be a list of documents, not {type(documents).__name__}")
+    documents = documents_of(row, place)
     if not documents and need_documents:
         raise ValueError(f"{place}: docs must hold at least one candidate document")
     empty = [i for i, document in enumerate(documents) if not is_text(document)]
@@ -85,10 +86,10 @@ def _sample(row: dict[str, Any], place: str, need_documents: bool) -> QuestionSa
     if not isinstance(gold_ids, list):
         raise ValueError(f"{place}: gold_ids must be a list of ids, not {type(gold_ids).__name__}")
     teacher = row["answer"] if is_text(row.get("answer")) else None
-    gold = [a for key in ("gold_answer", "golden_answers", "answers") for a in _answers(row, key, place)]
+    gold = [answer for name in GOLD_FIELDS for answer in _answers(row, name, place)]
     answers = list(dict.fromkeys(gold)) or ([teacher] if teacher else [])
     if not answers:
-        raise ValueError(f"{place}: there is no answer: gold_answer, answers or answer must hold one with text")
+        raise ValueError(f"{place}: there is no answer: {', '.join(GOLD_FIELDS)} or answer must hold one with text")
     return QuestionSample(
         id=str(row.get("id", place)),
         question=str(question),

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from clara_fast.data.rows import is_text, read_files
+from clara_fast.data.rows import documents_of, is_text, read_files
 
 
 @dataclass
@@ -29,6 +29,7 @@ def read_scp(paths: str | Path | Sequence[str | Path], *, limit: int | None = No
     """Read ``.jsonl`` or ``.jsonl.gz`` files of ``{"data_type", "docs", "question", "answers", "id"}``.
 
     ``data_type`` is ``"qa"`` (lists of questions and answers) or ``"paraphrase"`` (the answer is the paraphrase).
+    ``docs`` may be called ``context`` or ``content``, and a single answer ``answer``, as the reference has it.
 
     Raises:
         FileNotFoundError: a file does not exist.
@@ -38,8 +39,8 @@ def read_scp(paths: str | Path | Sequence[str | Path], *, limit: int | None = No
 
 
 def _sample(row: dict[str, Any], place: str) -> ScpSample:
-    documents, answers = row.get("docs"), row.get("answers")
-    if not isinstance(documents, list) or len(documents) != 1 or not is_text(documents[0]):
+    documents, answers = documents_of(row, place), row.get("answers", row.get("answer"))
+    if len(documents) != 1 or not is_text(documents[0]):
         raise ValueError(f"{place}: docs must hold exactly one passage with text")
     answers = [answers] if isinstance(answers, str) else answers
     if not isinstance(answers, list) or not answers or not all(is_text(a) for a in answers):

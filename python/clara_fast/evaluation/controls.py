@@ -22,11 +22,15 @@ S = TypeVar("S")
 
 @dataclass
 class Exam:
-    """Questions with their answers (``pairs``) on ``k`` documents: as text, and as memories ``[k, m, D]``."""
+    """Questions with their answers (``pairs``) on ``k`` documents: as text, and as memories ``[k, m, D]``.
+
+    ``golds`` are the accepted answers of each question; where there is none, the answer of its pair alone.
+    """
 
     pairs: Sequence[tuple[str, str]]
     documents: Sequence[str]
     memory: Tensor
+    golds: Sequence[Sequence[str]] = ()
 
 
 def answer_losses(
@@ -41,15 +45,22 @@ def answer_losses(
     Raises:
         ValueError: fewer than two samples have questions (another passage's memory needs another passage).
     """
+    return context_losses(model, passage_exams(model, samples, batch_size=batch_size, progress=progress))
 
-    def exams() -> Iterable[list[Exam]]:
-        for batch in even_batches([sample for sample in samples if sample.questions], batch_size):
-            memory, _ = model.encode(model.pack([s.document for s in batch]).to(model.device), "compressor")
-            yield [Exam(s.pairs, [s.document], own[None]) for s, own in zip(batch, memory, strict=True)]
-            if progress is not None:
-                progress(len(batch))
 
-    return context_losses(model, exams())
+def passage_exams(
+    model: Clara,
+    samples: Sequence[ScpSample],
+    *,
+    batch_size: int = 8,
+    progress: Callable[[int], None] | None = None,
+) -> Iterable[list[Exam]]:
+    """Batches of passages with their questions and their memories; those without questions are left out."""
+    for batch in even_batches([sample for sample in samples if sample.questions], batch_size):
+        memory, _ = model.encode(model.pack([s.document for s in batch]).to(model.device), "compressor")
+        yield [Exam(s.pairs, [s.document], own[None]) for s, own in zip(batch, memory, strict=True)]
+        if progress is not None:
+            progress(len(batch))
 
 
 def context_losses(model: Clara, batches: Iterable[Sequence[Exam]]) -> dict[str, float]:

@@ -61,7 +61,7 @@ def answer(
     *,
     store: Store | None = None,
     documents: Sequence[str] | Sequence[Sequence[str]] | None = None,
-    memory: Tensor | None = None,
+    memory: Tensor | Sequence[Tensor] | None = None,
     top_k: int | None = None,
     max_new_tokens: int = 64,
     **generate_options: Any,
@@ -73,7 +73,8 @@ def answer(
         questions: one question, or several that are answered in one batch.
         store: the ``top_k`` documents nearest to each question are read.
         documents: candidates of the question (of each question, if there are several); the ``top_k`` nearest are read.
-        memory: ``[k, m, D]`` (``[B, k, m, D]`` for several questions), read as it is and in that order.
+        memory: ``[k, m, D]`` (for several questions ``[B, k, m, D]``, or one ``[k, m, D]`` for each, ``k`` as it
+            comes), read as it is and in that order.
         top_k: how many documents to read; default the model's ``config.top_k``, or all where there are fewer.
         max_new_tokens: length limit of an answer.
         generate_options: passed on to transformers' ``generate`` (sampling, beams, ``streamer``, ...).
@@ -95,14 +96,8 @@ def answer(
     memories: list[Tensor] = []
     sources: list[list[Source]] = []
     if memory is not None:
-        given = memory.unsqueeze(0) if single else memory
-        if given.ndim != 4 or len(given) != len(batch):
-            raise ValueError(
-                f"memory {tuple(memory.shape)} must be [k, m, D] for one question, "
-                f"or [{len(batch)}, k, m, D] for these {len(batch)}"
-            )
-        memories = list(given)
-        sources = [[Source(id=str(i), score=None) for i in range(given.shape[1])] for _ in batch]
+        memories = _given(model, [memory] if single else memory, len(batch))
+        sources = [[Source(id=str(i), score=None) for i in range(len(one))] for one in memories]
     else:
         if store is not None:
             store.check_model(model)
@@ -195,6 +190,19 @@ def generate_ids(
         options = {"do_sample": False, "pad_token_id": model.tokenizer.pad_token_id, **options}
         with default_role(model.lm.get_decoder(), role):
             return model.lm.generate(inputs_embeds=embeds, attention_mask=mask, **options)
+
+
+def _given(model: Clara, memory: Any, count: int) -> list[Tensor]:
+    """One memory ``[k, m, D]`` for each of ``count`` questions, as the caller gave them."""
+    wanted = (model.config.num_memory, model.config.hidden_size)
+    memories = list(memory)
+    if len(memories) != count:
+        raise ValueError(f"memory must hold one [k, m, D] for each of these {count} questions, not {len(memories)}")
+    for i, one in enumerate(memories):
+        if not isinstance(one, Tensor) or one.ndim != 3 or tuple(one.shape[1:]) != wanted:
+            shape = tuple(one.shape) if isinstance(one, Tensor) else type(one).__name__
+            raise ValueError(f"memory of question {i} ({shape}) must be [k, m, D] with m, D = {wanted}")
+    return memories
 
 
 def _top_k(model: Clara, top_k: int | None, available: int) -> int:

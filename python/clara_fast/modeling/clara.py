@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from clara_fast import ops
-from clara_fast.modeling import attention, roles
+from clara_fast.modeling import answer_head, attention, roles
 from clara_fast.modeling.config import ClaraConfig, LoraSettings
 from clara_fast.modeling.connector import Connector
 from clara_fast.modeling.packing import PackedDocuments, PackedPrompts, batches_by_tokens, pack_documents
@@ -90,6 +90,7 @@ class Clara(nn.Module):
         self.roles: set[str] = set()
         self.trainable: frozenset[str] = frozenset()
         self._checkpointing = False
+        self._plain_logits = answer_head.logits_are_plain(lm)
 
     @classmethod
     def from_base(
@@ -437,27 +438,23 @@ class Clara(nn.Module):
     ) -> Tensor:
         """Cross-entropy of the answers' tokens when ``memory [n * m, D]`` fills the prompts' slots.
 
-        Logits are computed for the answers' rows only.
+        Only the answers' rows go through the head, and a chunk of their logits is held at a time.
         """
-        logits, labels = self.answer_logits(prompts, memory, role=role)
-        if num_items is None:
-            return F.cross_entropy(logits.float(), labels)
-        return F.cross_entropy(logits.float(), labels, reduction="sum") / num_items
+        if self._plain_logits:
+            embeds, rows = self._answer_entry(prompts, memory, role)
+            decoder, labels = self.lm.get_decoder(), prompts.labels[rows]
+            hidden = roles.run_backbone(decoder, role, prompts.layout, embeds, prompts.position_ids)[rows]
+            loss = answer_head.answer_cross_entropy(hidden, labels, self.lm.get_output_embeddings())
+        else:
+            logits, labels = self.answer_logits(prompts, memory, role=role)
+            loss = F.cross_entropy(logits.float(), labels, reduction="sum")
+        return loss / (len(labels) if num_items is None else num_items)
 
     def answer_logits(
         self, prompts: PackedPrompts, memory: Tensor, *, role: str = "generator"
     ) -> tuple[Tensor, Tensor]:
         """``[n, V]`` logits that predict the answers' ``n`` tokens, and those tokens ``[n]``."""
-        if memory.shape[0] != prompts.memory_slots.numel():
-            raise ValueError(
-                f"memory rows ({memory.shape[0]}) must equal the prompts' memory slots ({prompts.memory_slots.numel()})"
-            )
-        self._check_window(prompts.longest)
-        embeds = self.lm.get_input_embeddings()(prompts.input_ids)
-        embeds = self._entry(embeds.index_copy(0, prompts.memory_slots, memory.to(embeds.dtype)), role)
-        rows = (prompts.labels != -100).nonzero().flatten()
-        if rows.numel() == 0:
-            raise ValueError("the batch holds no answer token to take a loss on")
+        embeds, rows = self._answer_entry(prompts, memory, role)
         output = self.lm(
             inputs_embeds=embeds.unsqueeze(0),
             position_ids=prompts.position_ids.unsqueeze(0),
@@ -468,6 +465,20 @@ class Clara(nn.Module):
             clara_layout=prompts.layout,
         )
         return output.logits[0], prompts.labels[rows]
+
+    def _answer_entry(self, prompts: PackedPrompts, memory: Tensor, role: str) -> tuple[Tensor, Tensor]:
+        """Embeddings ``[T, D]`` of prompts with their memories, and the rows ``[n]`` that predict answer tokens."""
+        if memory.shape[0] != prompts.memory_slots.numel():
+            raise ValueError(
+                f"memory rows ({memory.shape[0]}) must equal the prompts' memory slots ({prompts.memory_slots.numel()})"
+            )
+        self._check_window(prompts.longest)
+        embeds = self.lm.get_input_embeddings()(prompts.input_ids)
+        embeds = self._entry(embeds.index_copy(0, prompts.memory_slots, memory.to(embeds.dtype)), role)
+        rows = (prompts.labels != -100).nonzero().flatten()
+        if rows.numel() == 0:
+            raise ValueError("the batch holds no answer token to take a loss on")
+        return embeds, rows
 
     # The system, put together
 
@@ -481,7 +492,8 @@ class Clara(nn.Module):
         """An :class:`Answer` for one question, a list for several, from exactly one source.
 
         ``options`` are those of :func:`clara_fast.modeling.answering.answer`, which says more: ``store``, ``documents``
-        or ``memory`` ``[k, m, D]``; ``top_k``, ``max_new_tokens``; the rest goes to transformers' ``generate``.
+        or ``memory`` ``[k, m, D]`` (of each question); ``top_k``, ``max_new_tokens``; the rest goes to transformers'
+        ``generate``.
 
         Raises:
             ValueError: none or several sources, ``top_k`` above the number of documents, a store of another model.

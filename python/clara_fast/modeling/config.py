@@ -73,8 +73,15 @@ class ClaraConfig:
 
     def save(self, folder: Path) -> None:
         """Write ``config.json`` into ``folder``."""
-        content = {"model_type": MODEL_TYPE, **dataclasses.asdict(self)}
-        (folder / CONFIG_FILE).write_text(json.dumps(content, indent=2) + "\n")
+        (folder / CONFIG_FILE).write_text(self.to_json_string())
+
+    def to_dict(self) -> dict[str, Any]:
+        """The content of ``config.json``; transformers' reports to TensorBoard and W&B ask for it by this name."""
+        return {"model_type": MODEL_TYPE, **dataclasses.asdict(self)}
+
+    def to_json_string(self) -> str:
+        """:meth:`to_dict` as ``config.json`` has it."""
+        return json.dumps(self.to_dict(), indent=2) + "\n"
 
     @classmethod
     def from_dict(cls, content: dict[str, Any], source: str) -> ClaraConfig:

@@ -7,14 +7,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from clara_fast.data.questions import QuestionSample
-from clara_fast.evaluation.controls import Exam, context_losses, even_batches, format_losses, loss_metrics
+from clara_fast.evaluation.controls import Exam, even_batches
 from clara_fast.modeling import Clara
 from clara_fast.training.collation import InstructionCollator
-from clara_fast.training.trainer import AnswerTrainer, ClaraTrainingArguments
+from clara_fast.training.trainer import AnswerTrainer, AnswerTrainingArguments
 
 
 @dataclass
-class InstructionTrainingArguments(ClaraTrainingArguments):
+class InstructionTrainingArguments(AnswerTrainingArguments):
     """transformers' arguments, and those of this stage."""
 
     mse_weight: float = field(default=0.1, metadata={"help": "Weight of the MSE between mean memory and text state."})
@@ -71,10 +71,7 @@ class InstructionTrainer(AnswerTrainer):
         samples = self.eval_dataset if eval_dataset is None else eval_dataset
         if samples is None:
             raise ValueError("evaluation needs an eval_dataset")
-        losses = context_losses(self.model, self._exams(samples))
-        if self.is_world_process_zero():
-            print(f"step {self.state.global_step}: answer loss with {format_losses(losses)}", flush=True)
-        return self.report(loss_metrics(losses, metric_key_prefix))
+        return self.report(self.examine(self._exams(samples), metric_key_prefix))
 
     def _exams(self, samples: Sequence[QuestionSample]) -> Iterable[list[Exam]]:
         model = self.model
@@ -83,6 +80,6 @@ class InstructionTrainer(AnswerTrainer):
             packed = model.pack([document for documents in read for document in documents]).to(model.device)
             memory, _ = model.encode(packed, "compressor")
             yield [
-                Exam([s.exchange(teacher=True)], [model.text.readable(d) for d in documents], own)
+                Exam([s.exchange(teacher=True)], [model.text.readable(d) for d in documents], own, [s.answers])
                 for s, documents, own in zip(batch, read, memory.split([len(r) for r in read]), strict=True)
             ]

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from clara_fast.data.questions import QuestionSample
-from clara_fast.evaluation.controls import Exam, context_losses, even_batches, format_losses, loss_metrics
+from clara_fast.evaluation.controls import Exam, even_batches
 from clara_fast.evaluation.metrics import retrieval_metrics
 from clara_fast.modeling import Clara
 from clara_fast.modeling.answering import nearest
@@ -25,7 +25,7 @@ from clara_fast.training.candidates import (
     with_positives,
 )
 from clara_fast.training.collation import answer_fields, pack_groups, question_branches
-from clara_fast.training.trainer import AnswerTrainer, ClaraTrainingArguments
+from clara_fast.training.trainer import AnswerTrainer, AnswerTrainingArguments
 
 if TYPE_CHECKING:
     from clara_fast.store import MemoryStore
@@ -37,7 +37,7 @@ SEARCH_BATCH = 256
 
 
 @dataclass
-class JointTrainingArguments(ClaraTrainingArguments):
+class JointTrainingArguments(AnswerTrainingArguments):
     """transformers' arguments, and those of this stage."""
 
     learning_rate: float = 5e-6
@@ -225,13 +225,12 @@ class JointTrainer(AnswerTrainer):
             raise ValueError("evaluation needs an eval_dataset")
         found: list[list[Any]] = []
         wanted: list[list[Any]] = []
-        losses = context_losses(self.model, self._exams(samples, found, wanted))
-        metrics = loss_metrics(losses, metric_key_prefix)
+        metrics = self.examine(self._exams(samples, found, wanted), metric_key_prefix)
         if found:
-            metrics |= {f"{metric_key_prefix}_{name}": v for name, v in retrieval_metrics(found, wanted).items()}
-        if self.is_world_process_zero():
-            recall = f", Recall@1 {metrics[f'{metric_key_prefix}_recall@1']:.3f}" if found else ""
-            print(f"step {self.state.global_step}: answer loss with {format_losses(losses)}{recall}", flush=True)
+            measured = retrieval_metrics(found, wanted)
+            metrics |= {f"{metric_key_prefix}_{name}": value for name, value in measured.items()}
+            if self.is_world_process_zero():
+                print(", ".join(f"{name} {value:.3f}" for name, value in measured.items()), flush=True)
         return self.report(metrics)
 
     def _exams(
@@ -245,7 +244,7 @@ class JointTrainer(AnswerTrainer):
                     found.append(ranked)
                     wanted.append(sample.positives)
                 texts = [self.model.text.readable(text) for text in self._texts(ranked[: len(memory)])]
-                exams.append(Exam([sample.sample.exchange()], texts, memory))
+                exams.append(Exam([sample.sample.exchange()], texts, memory, [sample.sample.answers]))
             yield exams
 
     def _retrieve(self, samples: Sequence[JointSample]) -> Iterable[tuple[list[Any], Tensor]]:

@@ -10,14 +10,14 @@ import torch
 from torch import nn
 
 from clara_fast.data.scp import ScpSample
-from clara_fast.evaluation.controls import answer_losses, format_losses, loss_metrics
+from clara_fast.evaluation.controls import passage_exams
 from clara_fast.modeling import Clara
 from clara_fast.training.collation import ScpCollator
-from clara_fast.training.trainer import AnswerTrainer, ClaraTrainingArguments
+from clara_fast.training.trainer import AnswerTrainer, AnswerTrainingArguments
 
 
 @dataclass
-class ScpTrainingArguments(ClaraTrainingArguments):
+class ScpTrainingArguments(AnswerTrainingArguments):
     """transformers' arguments, and those of this stage."""
 
     mse_weight: float = field(default=0.1, metadata={"help": "Weight of the MSE between mean memory and text state."})
@@ -91,11 +91,9 @@ class ScpTrainer(AnswerTrainer):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Answer loss of held-out samples and its controls (:func:`clara_fast.evaluation.controls.answer_losses`)."""
+        """Answer loss of held-out samples and its controls (:func:`clara_fast.evaluation.controls.context_losses`)."""
         samples = self.eval_dataset if eval_dataset is None else eval_dataset
         if samples is None:
             raise ValueError("evaluation needs an eval_dataset")
-        losses = answer_losses(self.model, samples, batch_size=self.args.per_device_eval_batch_size)
-        if self.is_world_process_zero():
-            print(f"step {self.state.global_step}: answer loss with {format_losses(losses)}", flush=True)
-        return self.report(loss_metrics(losses, metric_key_prefix))
+        exams = passage_exams(self.model, samples, batch_size=self.args.per_device_eval_batch_size)
+        return self.report(self.examine(exams, metric_key_prefix))

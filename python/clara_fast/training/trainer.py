@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,10 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import get_last_checkpoint
 
+from clara_fast.evaluation.answers import AnswerCheck
+from clara_fast.evaluation.controls import Exam, context_losses, format_losses, loss_metrics
 from clara_fast.modeling import Clara, roles
-from clara_fast.modeling.packing import PackedDocuments, PackedPrompts
+from clara_fast.training.throughput import Throughput
 
 
 @dataclass
@@ -35,6 +37,21 @@ class ClaraTrainingArguments(TrainingArguments):
     logging_nan_inf_filter: bool = False
 
 
+@dataclass
+class AnswerTrainingArguments(ClaraTrainingArguments):
+    """transformers' arguments, and those of the stages that learn from answers."""
+
+    eval_answers: int = field(
+        default=0,
+        metadata={"help": "Held-out questions answered at each evaluation, for EM, F1 and cover match; slow."},
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.eval_answers < 0:
+            raise ValueError(f"eval_answers ({self.eval_answers}) must be at least 0")
+
+
 class NonFiniteError(ArithmeticError):
     """A loss or a gradient is NaN or infinite; ``ids`` are the samples that it came from."""
 
@@ -46,9 +63,10 @@ class NonFiniteError(ArithmeticError):
 class ClaraTrainer(Trainer):
     """Saves and resumes adapters instead of whole models, and reports metrics of its own evaluation.
 
-    The log has tokens per second and each trained role's gradient norm (before clipping) beside what transformers
-    logs. A loss or gradient that is not finite raises :class:`NonFiniteError` before it changes a weight, so that the
-    last checkpoint stays good. Batches name their ``samples``, which have an ``id``.
+    The log has tokens per second, MFU and peak memory (:mod:`clara_fast.training.throughput`) and each trained role's
+    gradient norm (before clipping) beside what transformers logs. A loss or gradient that is not finite raises
+    :class:`NonFiniteError` before it changes a weight, so that the last checkpoint stays good. Batches name their
+    ``samples``, which have an ``id``.
     """
 
     # The Trainer allows for any model, arguments and datasets; a stage has its own.
@@ -60,7 +78,7 @@ class ClaraTrainer(Trainer):
         super().__init__(*args, **options)
         self._samples: list[Any] = []  # of this optimizer step
         self._norms: dict[str, Tensor] = {}
-        self._tokens, self._seconds = 0, 0.0
+        self._throughput = Throughput(self.model)
         self._busy_since: float | None = None
 
     def training_step(
@@ -69,9 +87,7 @@ class ClaraTrainer(Trainer):
         started = self._busy_since or time.perf_counter()
         samples = inputs["samples"]
         self._samples += samples
-        self._tokens += sum(
-            v.input_ids.numel() for v in inputs.values() if isinstance(v, PackedDocuments | PackedPrompts)
-        )
+        self._throughput.add(inputs)
         loss = super().training_step(model, inputs, num_items_in_batch)
         if not bool(loss.isfinite()):
             raise self._not_finite(f"the loss is {float(loss)}", self._blame(samples))
@@ -79,14 +95,13 @@ class ClaraTrainer(Trainer):
             self._check_gradients()
             self._samples = []
         self._busy_since = time.perf_counter()
-        self._seconds += self._busy_since - started
+        self._throughput.seconds += self._busy_since - started
         return loss
 
     def log(self, logs: dict[str, float], *args: Any, **options: Any) -> None:
-        if "loss" in logs and self._seconds:
-            logs["tokens_per_second"] = round(self._tokens / self._seconds, 1)
+        if "loss" in logs:
+            logs |= self._throughput.metrics(self.accelerator)
             logs |= {f"grad_norm_{role}": float(norm) for role, norm in self._norms.items()}
-            self._tokens, self._seconds = 0, 0.0
         super().log(logs, *args, **options)
 
     def report(self, metrics: dict[str, float]) -> dict[str, float]:
@@ -175,3 +190,16 @@ class AnswerTrainer(ClaraTrainer):
             parts = 1 if num_items_in_batch is None else self.current_gradient_accumulation_steps
             loss = loss + self.mse_weight * output.mse_loss / parts
         return (loss, output) if return_outputs else loss
+
+    def examine(self, exams: Iterable[Sequence[Exam]], prefix: str) -> dict[str, float]:
+        """Answer loss of held-out exams with its controls, and what the first ``eval_answers`` answers are worth.
+
+        Every process examines all of them, so the numbers are the same everywhere.
+        """
+        check = AnswerCheck(self.model, self.args.eval_answers)
+        losses = context_losses(self.model, check.watch(exams))
+        scores = check.metrics()
+        if self.is_world_process_zero():
+            found = "".join(f", {name} {value:.3f}" for name, value in scores.items())
+            print(f"step {self.state.global_step}: answer loss with {format_losses(losses)}{found}", flush=True)
+        return {**loss_metrics(losses, prefix), **{f"{prefix}_{name}": value for name, value in scores.items()}}

@@ -1,0 +1,121 @@
+"""What the log says of the work done: FLOPs counted against torch's own counter, rates, peaks, all ranks together."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from clara_fast import Clara
+from clara_fast.data import ScpSample
+from clara_fast.training import throughput
+from clara_fast.training.collation import ScpCollator
+from clara_fast.training.throughput import DATA_SHEET, Throughput, device_peak
+from tests.modeling.tiny import make_base
+
+LORA = {"r": 4, "alpha": 8, "dropout": 0.0}
+SAMPLES = [
+    ScpSample(str(i), "The door is red and the boat is blue.", ["red", "blue"], ["Door?", "Boat?"]) for i in "ab"
+]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    base = make_base(tmp_path_factory.mktemp("base"), "mistral")
+    return Clara.from_base(base, doc_max_length=32, compression_rate=16, lora=LORA, device="cpu")
+
+
+@pytest.mark.parametrize("trained", [(), ("generator",), ("compressor", "generator", "memory_tokens")])
+def test_flops_are_those_of_the_matmuls(model, trained):
+    """Everything that torch counts in a step, less what the module says it leaves out, and a little it cannot skip."""
+    model.train_only(*trained)
+    batch = ScpCollator(model)(SAMPLES)
+    counted = Throughput(model)
+    counted.add(batch)
+    documents, prompts = batch["documents"], batch["prompts"]
+    assert counted.tokens == documents.input_ids.numel() + prompts.input_ids.numel()
+    with FlopCounterMode(display=False) as counter:
+        output = model(documents=documents, prompts=prompts)
+        if trained:
+            (output.lm_loss + output.mse_loss).backward()
+    by_op = counter.get_flop_counts()["Global"]
+    matmuls = sum(flops for op, flops in by_op.items() if "mm" in str(op))
+    model.zero_grad()
+    head = 4 * counted._head * int((batch["labels"] != -100).sum())
+    if not trained:  # nothing asks for the gradient of the head's input
+        head //= 2
+        counted.flops -= head
+    # Nothing lies below the first trained layer that would need its input's gradient, where only its adapter trains.
+    first = sum(
+        m.in_features * m.out_features for n, m in model.lm.model.layers[0].named_modules() if n.endswith("base_layer")
+    )
+    slack = 2 * counted.tokens * first if "memory_tokens" not in trained and trained else 0
+    assert counted.flops - slack <= matmuls <= counted.flops * 1.001
+
+
+def test_what_a_role_costs(model):
+    model.train_only("generator")
+    counted = Throughput(model)
+    # Seven linear layers: q and o 32 x 32, k and v 32 x 16 (two heads of eight), three of 32 x 48.
+    base = 2 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48)
+    adapter = 2 * 4 * (2 * (32 + 32) + 2 * (32 + 16) + 3 * (32 + 48))
+    assert counted.flops_per_token("generator") == 4 * base + 6 * adapter
+    assert counted.flops_per_token("compressor") == 2 * base + 2 * adapter
+
+
+class Ranks:
+    """An accelerate.Accelerator of two processes, as far as gathering goes; the other had twice the work and memory."""
+
+    device = torch.device("cpu")
+    mixed_precision = "no"
+    is_main_process = True
+
+    def gather(self, mine):
+        return torch.cat([mine, mine * torch.tensor([2.0, 2.0, 0.5, 1.0, 2.0])])
+
+
+def test_all_ranks_count(model, monkeypatch, capsys):
+    monkeypatch.setattr(throughput, "device_peak", lambda *_: throughput.Peak(1e12, "made up"))
+    monkeypatch.setattr(throughput, "peak_memory", lambda: 2**30)
+    counted = Throughput(model)
+    counted.tokens, counted.flops, counted.seconds = 1000, 1e12, 4.0
+    metrics = counted.metrics(Ranks())
+    # 3000 tokens in the 4 seconds of the slower one; 3 TFLOP of the 8 that two such devices could do.
+    assert metrics == {"tokens_per_second": 750.0, "mfu": 0.375, "peak_memory_gib": 2.0}
+    assert "mfu is relative to 1 TFLOP/s (made up)" in capsys.readouterr().out
+    assert counted.metrics(Ranks()) == {}  # counted once
+    assert counted.tokens == counted.flops == 0
+
+
+def test_peaks(monkeypatch):
+    cpu = device_peak(torch.device("cpu"), torch.float32)
+    assert cpu.source == "cpu: matmuls of float32, measured"
+    assert 1e9 < cpu.rate < 1e14
+    names = {
+        "NVIDIA H100 80GB HBM3": "H100",
+        "NVIDIA H100 PCIe": "H100 PCIe",
+        "NVIDIA A100-SXM4-40GB": "A100",
+        "NVIDIA A10G": "A10G",
+        "NVIDIA A10": "A10",
+        "NVIDIA L40S": "L40S",
+        "NVIDIA L4": "L4",
+        "NVIDIA GH200 480GB": "GH200",
+        "NVIDIA GB200": "GB200",
+    }
+    for name, entry in names.items():
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda _, name=name: name)
+        peak = device_peak(torch.device("cuda"), torch.bfloat16)
+        assert peak.rate == DATA_SHEET[entry] * 1e12, name
+        assert "data sheet" in peak.source
+    monkeypatch.setattr(throughput, "_matmul_rate", lambda *_: 5.0)
+    assert device_peak(torch.device("cuda"), torch.float32).rate == 5.0  # the table is of 16-bit work
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA Unheard-of")
+    assert device_peak(torch.device("cuda"), torch.bfloat16).rate == 5.0
+
+
+def test_layers_are_asked_for_their_size_not_their_weights():
+    """Quantised layers keep several weights in a byte."""
+    packed = nn.Linear(64, 32, bias=False)
+    packed.weight = nn.Parameter(torch.zeros(64 * 32 // 2, 1, dtype=torch.uint8), requires_grad=False)
+    assert throughput._size(packed) == 64 * 32

@@ -7,11 +7,19 @@ whose blocks fit them too. Only float32 heads wider than 128 spill: three halves
 
 from __future__ import annotations
 
+import triton
+
 from clara_fast.triton_kernels._launch import Blocks
 
 
-def _blocks(rows: int, keys: int, warps: int, stages: int) -> Blocks:
-    return {"BLOCK_ROWS": rows, "BLOCK_KEYS": keys, "num_warps": warps, "num_stages": stages}
+def _blocks(rows: int, keys: int, warps: int, stages: int, chunk: int = 0) -> Blocks:
+    """``chunk``: columns that the products of rows read at a time; 0 where the block's rows are held whole."""
+    return {"BLOCK_ROWS": rows, "BLOCK_KEYS": keys, "CHUNK": chunk, "num_warps": warps, "num_stages": stages}
+
+
+def head_block(size: int) -> int:
+    """Columns of a block for heads of ``size``."""
+    return max(triton.next_power_of_2(size), 32)
 
 
 def _family(architecture: int) -> int:

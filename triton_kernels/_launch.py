@@ -65,6 +65,11 @@ def device_guard(tensor: Tensor) -> torch.cuda.device_of:
     return torch.cuda.device_of(tensor)
 
 
+def aligned(tensor: Tensor) -> Tensor:
+    """The tensor or, if its address is no multiple of 16 bytes as that of an allocation is, a copy."""
+    return tensor.clone() if tensor.data_ptr() % 16 else tensor
+
+
 @lru_cache(maxsize=16)
 def num_processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4

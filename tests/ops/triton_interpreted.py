@@ -162,7 +162,7 @@ LAYOUTS = {
 )
 def test_attention(name, heads):
     layout, rows, keys = LAYOUTS[name]
-    inputs = [rand(rows, heads[0], 8), rand(keys, heads[1], 8), rand(keys, heads[1], 5)]
+    inputs = [rand(rows, heads[0], 40), rand(keys, heads[1], 40), rand(keys, heads[1], 5)]
     functions = [
         lambda *tensors, f=f: f(*tensors, layout)
         for f in (ops.compressed_context_attention, reference.compressed_context_attention)

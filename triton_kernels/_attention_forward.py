@@ -66,8 +66,8 @@ def attention_fwd_kernel(
     p_query,  # [Tq, Hq, E]
     p_key,  # [Tk, Hkv, E]
     p_value,  # [Tk, Hkv, Ev]
-    p_out,  # [Tq, Hq, Ev], or [splits, Tq, Hq, Ev] float32
-    p_lse,  # [Tq, Hq] float32, or [splits, Tq, Hq]
+    p_out,  # [Tq, Hq, Ev] or, with DECODE, [splits, Tq, Hq, Ev] float32
+    p_lse,  # [Tq, Hq] float32 or, with DECODE, [splits, Tq, Hq]
     p_q_start,
     p_q_len,
     p_kv_start,

@@ -11,7 +11,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from clara_fast.triton_kernels._select_common import COUNTS, inverse_norm, readable_keys, split_range, sum_of_parts
+from clara_fast.triton_kernels._select_common import (
+    UNSPECIALIZED,
+    inverse_norm,
+    readable_keys,
+    split_range,
+    sum_of_parts,
+)
 
 
 @triton.jit
@@ -20,7 +26,7 @@ def _draw(b_logit, b_rank, slot, largest, inverse_sum, taken_logit):
     return tl.exp(b_logit + tl.where(b_rank < slot, taken_logit, 0.0) - largest) * inverse_sum
 
 
-@triton.jit(do_not_specialize=COUNTS)
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def select_memory_softmax_kernel(
     p_scores,  # [B, N]
     p_indices,  # [B, k]
@@ -58,7 +64,7 @@ def select_memory_softmax_kernel(
     tl.store(p_ranks + batch * num_keys + o_n, b_rank, inside)
 
 
-@triton.jit(do_not_specialize=COUNTS)
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def select_memory_affinity_kernel(
     p_grad_selected,  # [B, k, M]
     p_memory,  # [B, N, M]
@@ -136,17 +142,16 @@ def select_memory_affinity_kernel(
         if SQUARES:
             tl.store(p_squares + split * (num_keys + 1) + o_n, b_square, in_n)
     tl.store(p_mean + (split * tl.num_programs(1) + tl.program_id(1)) * k + o_k, b_mean, in_k)
-    if SQUARES:
-        if tl.program_id(1) == 0:
-            b_query_square = tl.zeros([8 * BLOCK_M], tl.float32)
-            for m in range(first, last, 8 * BLOCK_M):
-                o_m = m + tl.arange(0, 8 * BLOCK_M)
-                b_q = tl.load(p_query + batch * size + o_m, o_m < last, 0.0).to(tl.float32)
-                b_query_square += b_q * b_q
-            tl.store(p_squares + split * (num_keys + 1) + num_keys, tl.sum(b_query_square))
+    if SQUARES and tl.program_id(1) == 0:
+        b_query_square = tl.zeros([8 * BLOCK_M], tl.float32)
+        for m in range(first, last, 8 * BLOCK_M):
+            o_m = m + tl.arange(0, 8 * BLOCK_M)
+            b_q = tl.load(p_query + batch * size + o_m, o_m < last, 0.0).to(tl.float32)
+            b_query_square += b_q * b_q
+        tl.store(p_squares + split * (num_keys + 1) + num_keys, tl.sum(b_query_square))
 
 
-@triton.jit(do_not_specialize=COUNTS)
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def select_memory_grad_cosine_kernel(
     p_own,  # [B, splits, N]
     p_mean,  # [B, parts, k]
@@ -203,7 +208,7 @@ def select_memory_grad_cosine_kernel(
     tl.store(p_grad_cosine + batch * num_keys + o_n, b_grad, inside)
 
 
-@triton.jit(do_not_specialize=COUNTS)
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def select_memory_grad_keys_kernel(
     p_query,  # [B, R]
     p_keys,  # [B, N, R]
@@ -249,7 +254,7 @@ def select_memory_grad_keys_kernel(
     tl.store(p_grad_query + batch * size + o_r, b_grad_query.to(p_grad_query.dtype.element_ty), in_r)
 
 
-@triton.jit(do_not_specialize=COUNTS)
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def select_memory_grad_memory_kernel(
     p_grad_selected,  # [B, k, M]
     p_indices,  # [B, k]

@@ -5,8 +5,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# Candidates, slots and splits change from batch to batch: no kernel is compiled again for their values.
-COUNTS = ["num_keys", "k", "num_splits", "num_square_splits", "num_parts", "slot", "has_valid"]
+# Candidates, slots and splits change from batch to batch: no kernel is compiled again for their values, nor for where
+# small tensors lie.
+UNSPECIALIZED = [
+    *("num_keys", "k", "num_splits", "num_square_splits", "num_parts", "slot", "has_valid", "p_valid", "p_scores"),
+    *("p_indices", "p_products", "p_squares", "p_ranks", "p_softmax", "p_own", "p_mean", "p_norms"),
+    *("p_grad_scores", "p_grad_cosine"),
+]
 
 
 @triton.jit

@@ -5,10 +5,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from clara_fast.triton_kernels._select_common import COUNTS, inverse_norm, readable_keys, split_range, sum_of_parts
+from clara_fast.triton_kernels._select_common import (
+    UNSPECIALIZED,
+    inverse_norm,
+    readable_keys,
+    split_range,
+    sum_of_parts,
+)
 
 
-@triton.jit(do_not_specialize=COUNTS)
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def select_memory_products_kernel(
     p_query,  # [B, R]
     p_keys,  # [B, N, R]
@@ -47,7 +53,7 @@ def select_memory_products_kernel(
         tl.store(p_squares + row + num_keys, tl.sum(b_query_square))
 
 
-@triton.jit(do_not_specialize=COUNTS)
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def select_memory_topk_kernel(
     p_products,  # [B, splits, N + 1]
     p_squares,  # [B, splits, N + 1]
@@ -83,7 +89,7 @@ def select_memory_topk_kernel(
         b_score = tl.where(o_n == chosen, -3.0, b_score)
 
 
-@triton.jit(do_not_specialize=COUNTS)
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def select_memory_gather_kernel(
     p_memory,  # [B, N, M]
     p_indices,  # [B, k]

@@ -26,6 +26,7 @@ from clara_fast.triton_kernels._launch import (
 
 _FEW_ROWS = 16  # query rows of a key head and segment up to which it counts as decoding
 _MOST_SPLITS = 32
+_MERGE = {"BLOCK_SPLITS": _MOST_SPLITS, "num_warps": 4}
 _CLEAR = {"BLOCK_T": 64, "BLOCK_S": 64, "BLOCK_W": 1024, "num_warps": 4}
 
 
@@ -61,13 +62,12 @@ def _decode_splits(keys: int, segments: int, contexts: int, blocks: int, block_k
     return num_splits(blocks, min(most // (2 * block_keys), _MOST_SPLITS), device, per_processor=2)
 
 
-def _clear(layout: list[Tensor], rows: Tensor, lse: Tensor | None) -> None:
-    """0 (-inf in ``lse``) in query rows of no segment."""
+def _clear(layout: list[Tensor], rows: Tensor, lse: Tensor, clear_lse: bool) -> None:
+    """0 (and -inf in ``lse``) in query rows of no segment."""
     count, width = rows.shape[0], rows.shape[1] * rows.shape[2]
     attention_clear_kernel[(triton.cdiv(count, _CLEAR["BLOCK_T"]),)](
-        rows, layout[0] if lse is None else lse, *layout[:2], layout[0].shape[0], count, width, rows.shape[1],
-        int(lse is not None), **_CLEAR,
-    )  # fmt: skip
+        rows, lse, *layout[:2], layout[0].shape[0], count, width, rows.shape[1], int(clear_lse), **_CLEAR
+    )
 
 
 def compressed_context_attention_fwd(
@@ -93,12 +93,10 @@ def compressed_context_attention_fwd(
 
     out = torch.empty((rows, heads, value.shape[2]), dtype=query.dtype, device=device)
     lse = torch.empty((rows, heads), dtype=torch.float32, device=device)
-    splits = 1
+    splits, part_out, part_lse = 1, out, lse
     if few:
         blocks = key_heads * segments
         splits = _decode_splits(key.shape[0], segments, contexts, blocks, candidates[0]["BLOCK_KEYS"], device)
-    part_out, part_lse = out, lse
-    if splits > 1:
         part_out = torch.empty((splits, *out.shape), dtype=torch.float32, device=device)
         # Rows of no segment stay so, and come out as 0.
         part_lse = torch.full((splits, rows, heads), float("-inf"), dtype=torch.float32, device=device)
@@ -127,7 +125,7 @@ def compressed_context_attention_fwd(
             **constants,
             candidates=candidates,
         )
-        if splits > 1:
+        if few:
             attention_fwd_merge_kernel[(rows * heads,)](
                 part_out,
                 part_lse,
@@ -137,11 +135,10 @@ def compressed_context_attention_fwd(
                 splits,
                 value.shape[2],
                 BLOCK_E=constants["BLOCK_E"],
-                BLOCK_SPLITS=_MOST_SPLITS,
-                num_warps=4,
+                **_MERGE,
             )
         else:
-            _clear(layout, out, lse)
+            _clear(layout, out, lse, True)
     return out[..., :value_size].contiguous(), lse
 
 
@@ -207,7 +204,7 @@ def compressed_context_attention_bwd(
             **constants,
             candidates=bwd_query_blocks(*chosen),
         )
-        _clear(layout, grad_query, None)
+        _clear(layout, grad_query, lse, False)
         readers, reader_ends = _readers(layout[4]) if contexts else (layout[0], layout[0])
         launch(
             attention_bwd_key_kernel,

@@ -6,7 +6,7 @@ import torch
 import triton
 from torch import Tensor
 
-from clara_fast.triton_kernels._launch import INTERPRETING, Blocks, device_guard, num_splits
+from clara_fast.triton_kernels._launch import INTERPRETING, Blocks, aligned, device_guard, num_splits
 from clara_fast.triton_kernels._select_backward import (
     select_memory_affinity_kernel,
     select_memory_grad_cosine_kernel,
@@ -23,6 +23,7 @@ from clara_fast.triton_kernels._select_forward import (
 _SLOTS = 16  # the smallest side of a matrix product
 # Blocks of the passes over candidates: a thread holds 32 elements, 16 bytes of each row.
 _ROWS: Blocks = {"BLOCK_N": 4, "BLOCK_R": 512, "num_warps": 2}
+_PARTS: Blocks = {"BLOCK_PARTS": 128}
 _COPY: Blocks = {"BLOCK_M": 1024, "num_warps": 4}
 
 
@@ -62,6 +63,7 @@ def select_memory_fwd(
 
     Floor: ``B * N * R`` elements read and ``B * k * M`` read and written; 4 floating-point operations a key element.
     """
+    query, keys, memory = aligned(query), aligned(keys), aligned(memory)
     batch, count = keys.shape[:2]
     size = memory.shape[2] * memory.shape[3]
     selected = memory.new_empty((batch, k, *memory.shape[2:]))
@@ -103,6 +105,7 @@ def select_memory_bwd(
     from it, and both written; ``2 * k`` floating-point operations a memory element, on tensor cores, and 6 a key
     element. That is what is read where keys and memory are one tensor; other keys are read once more, for their norms.
     """
+    grad_selected, query, keys, memory = aligned(grad_selected), aligned(query), aligned(keys), aligned(memory)
     batch, count, key_size = keys.shape
     k, size = indices.shape[1], memory.shape[2] * memory.shape[3]
     one_tensor = keys.data_ptr() == memory.data_ptr() and key_size == size
@@ -132,7 +135,7 @@ def select_memory_bwd(
             )  # fmt: skip
         select_memory_grad_cosine_kernel[(batch,)](
             own, mean, softmax, ranks, squares, scores, *mask, grad_scores, grad_cosine, norms, count, k, splits,
-            mean.shape[1], squares.shape[1], inverse_temperature, taken_logit, BLOCK_PARTS=128, **row,
+            mean.shape[1], squares.shape[1], inverse_temperature, taken_logit, **_PARTS, **row,
         )  # fmt: skip
         select_memory_grad_keys_kernel[(batch, triton.cdiv(key_size, _ROWS["BLOCK_R"]))](
             query, keys, *mask, scores, norms, grad_cosine, grad_query, grad_keys, count, key_size, **_ROWS

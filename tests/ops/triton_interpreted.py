@@ -69,9 +69,9 @@ def test_pool_memory_of_many_rows():
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_pool_memory_in_two_blocks_and_several_parts(dtype):
-    """80 = 64 + 16, segments that four programs share, and rows of none."""
+    """530 = 512 + 18, segments that four programs share, and rows of none."""
     offsets = torch.tensor([1, 131, 259], dtype=torch.int32)
-    inputs = [rand(264, 80, dtype=dtype), rand(80, dtype=dtype)]
+    inputs = [rand(264, 530, dtype=dtype), rand(530, dtype=dtype)]
     functions = [
         lambda hidden, weight, f=f: f(hidden, offsets, 40, norm_weight=weight)
         for f in (ops.pool_memory, reference.pool_memory)

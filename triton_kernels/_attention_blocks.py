@@ -40,41 +40,40 @@ def fwd_blocks(architecture: int, element_size: int, size: int, few_rows: bool, 
             return [_blocks(16, 32, 8 if size > 128 else 4, 2, chunk)]
         return [_blocks(32, 32 if size <= 128 else 16, 8, 2, chunk)]
     if few_rows:
-        if size > 128:
-            return [_blocks(16, 64, 8, 2), _blocks(16, 32, 4, 2)]
-        if size > 64:
-            return [_blocks(16, 64, 4, 3), _blocks(16, 32, 4, 4)]
-        return [_blocks(16, 128, 4, 3), _blocks(16, 64, 4, 4)]
+        return [_blocks(16, 64, 8, 2) if size > 128 else _blocks(16, 128 if size <= 64 else 64, 4, 3)]
     if size > 128:
-        return [_blocks(64, 32, 8, 1 if family == 100 else 2), _blocks(32, 32, 8, 2)]
-    if size <= 64:
-        many, short = _blocks(128, 64, 8, 3), _blocks(64, 64, 4, 3)
-        return [many, short] if crowded else [short, many]
-    short = _blocks(64, 32, 4, 3)
-    if not crowded:
-        return [short, _blocks(32, 64, 4, 2)]
-    return [_blocks(128, 64, 8, 2) if family == 90 else _blocks(128, 32, 8, 3 if family == 100 else 2), short]
+        return [_blocks(64, 32, 8, 1 if family == 100 else 2)]
+    if size > 64:
+        short = _blocks(64, 32, 4, 3)
+        many = _blocks(128, 64, 8, 2) if family == 90 else _blocks(128, 32, 8, 3 if family == 100 else 2)
+    else:
+        short, many = _blocks(64, 64, 4, 3), _blocks(128, 64, 8, 3)
+    return [many, short] if crowded else [short, many]
 
 
 def bwd_query_blocks(architecture: int, element_size: int, size: int) -> list[Blocks]:
     if element_size == 4:
         return [_blocks(32, 32, 8, 1) if size <= 64 else _blocks(32 if size <= 128 else 16, 32, 8, 2, 32)]
     if size > 128:
-        return [_blocks(32, 32, 8, 1), _blocks(32, 64, 8, 1)]
+        return [_blocks(32, 32, 8, 1)]
     if size > 64:
         return [_blocks(64, 64, 8, 2), _blocks(64, 32, 8, 3)]
-    return [_narrow_blocks(architecture, size), _blocks(64, 32, 4, 3)]
+    return _narrow_blocks(architecture, size)
 
 
 def bwd_key_blocks(architecture: int, element_size: int, size: int) -> list[Blocks]:
+    family = _family(architecture)
     if element_size == 4:
         return [_blocks(32, 32, 8, 1) if size <= 64 else _blocks(16, 32 if size <= 128 else 16, 8, 2, 32)]
     if size > 128:
-        return [_blocks(32, 32, 8, 1), _blocks(64, 32, 8, 1)]
+        return [_blocks(32, 32, 8, 1)]
     if size > 64:
-        return [_blocks(32 if _family(architecture) == 90 else 64, 64, 8, 2), _blocks(32, 64, 8, 3)]
-    return [_narrow_blocks(architecture, size), _blocks(32, 64, 4, 3)]
+        return [_blocks(64, 64, 8, 2) if family == 80 else _blocks(32, 64, 8, 2), _blocks(32, 32, 4, 2)]
+    return _narrow_blocks(architecture, size)
 
 
-def _narrow_blocks(architecture: int, size: int) -> Blocks:
-    return _blocks(32 if _family(architecture) == 80 or size <= 32 else 64, 64, 4, 1 if size <= 32 else 2)
+def _narrow_blocks(architecture: int, size: int) -> list[Blocks]:
+    if size <= 32:
+        return [_blocks(32, 64, 4, 1)]
+    few = _blocks(32, 64, 4, 2)
+    return [few] if _family(architecture) == 80 else [_blocks(64, 64, 4, 2), few]

@@ -22,6 +22,7 @@ from clara_fast.triton_kernels._launch import (
     launch,
     num_processors,
     num_splits,
+    padded,
 )
 
 _FEW_ROWS = 16  # query rows of a key head and segment up to which it counts as decoding
@@ -31,11 +32,8 @@ _CLEAR = {"BLOCK_T": 64, "BLOCK_S": 64, "BLOCK_W": 1024, "num_warps": 4}
 
 
 def _addressable(tensor: Tensor) -> Tensor:
-    """Heads of a multiple of 16 elements at addresses that are multiples of 16; offsets in a block that fit 32 bits.
-
-    So the kernels are compiled once for each block of head sizes, and always with whole vectors.
-    """
-    tensor = torch.nn.functional.pad(tensor, (0, -tensor.shape[2] % 16))
+    """Whole vectors of 16 elements, side by side, and rows so close that a block's offsets fit 32 bits."""
+    tensor = padded(tensor)
     fits = tensor.stride(2) == 1 and tensor.stride(0) < 2**24 and not (tensor.stride(0) | tensor.stride(1)) % 16
     return aligned(tensor if fits else tensor.contiguous())
 

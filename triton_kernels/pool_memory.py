@@ -2,7 +2,7 @@
 
 Each segment's rows are shared out to a fixed number of programs, so that the grid follows from shapes alone and
 the sums are always taken in the same order. A row is held whole, since the norm needs it: as one block of a power of
-two, or as two where that wastes fewer lanes (576 = 512 + 64).
+two, or as two where that wastes fewer lanes (576 <= 512 + 256).
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import torch
 import triton
 from torch import Tensor
 
-from clara_fast.triton_kernels._launch import INTERPRETING, Blocks, aligned, device_guard, num_splits
+from clara_fast.triton_kernels._launch import INTERPRETING, Blocks, aligned, device_guard, num_splits, padded
 from clara_fast.triton_kernels._pool_backward import pool_memory_bwd_kernel
 from clara_fast.triton_kernels._pool_forward import pool_memory_fwd_kernel, pool_memory_fwd_sum_kernel
 
@@ -23,11 +23,10 @@ _MOST_SHARED = 48 * 1024
 
 
 def _row_blocks(size: int) -> Blocks:
-    """One block of a power of two, or the largest inside and a second for a rest of up to an eighth or a half of it."""
+    """One block of a power of two or, where that is enough, one and a half: at most a third of the lanes idle."""
     block = max(triton.next_power_of_2(size), 512)
-    half, tail = block // 2, size - block // 2
-    if 512 < block <= 4096 and tail <= half // 2:
-        return {"BLOCK_D": half, "BLOCK_TAIL": half // 8 if tail <= half // 8 else half // 2}
+    if 512 < block <= 4096 and size <= block // 4 * 3:
+        return {"BLOCK_D": block // 2, "BLOCK_TAIL": block // 4}
     return {"BLOCK_D": block, "BLOCK_TAIL": 0}
 
 
@@ -48,8 +47,7 @@ def _tile(size: int, element_size: int) -> Blocks:
 
 
 def _rows(tensor: Tensor) -> Tensor:
-    """Rows of a multiple of 16 elements at addresses that are multiples of 16: whole vectors, and one compilation."""
-    return aligned(torch.nn.functional.pad(tensor, (0, -tensor.shape[-1] % 16)))
+    return aligned(padded(tensor))
 
 
 def _splits(hidden: Tensor, segments: int) -> int:

@@ -34,8 +34,8 @@ def _affinity_blocks(element_size: int) -> Blocks:
 
 def _row_of_candidates(count: int) -> Blocks:
     """All candidates of a question in the registers of one program, and the parts of a sum taken at a time."""
-    block = max(triton.next_power_of_2(count), 128)
-    warps = 1 if block == 128 else 4 if block <= 2048 else 8
+    block = 128 if count <= 128 else 1024 if count <= 1024 else max(triton.next_power_of_2(count), 4096)
+    warps = 1 if block == 128 else 4 if block == 1024 else 8
     return {"BLOCK_N": block, "BLOCK_SPLITS": max(2048 // block, 1), "num_warps": warps}
 
 

@@ -29,7 +29,7 @@ TABLE = Path(__file__).with_name("triton_resources.json")
 MOST_SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 
 _FLOATS = ("eps", "scale", "inverse_temperature", "taken_logit")
-_POINTERS = {
+POINTERS = {
     **dict.fromkeys(("p_mse", "p_grad_mse", "p_difference", "p_parts", "p_grad_weight"), "fp32"),
     **dict.fromkeys(("p_products", "p_squares", "p_scores", "p_norms", "p_softmax", "p_own", "p_mean"), "fp32"),
     **dict.fromkeys(("p_grad_scores", "p_grad_cosine", "p_lse", "p_delta", "p_grad_lse"), "fp32"),
@@ -53,7 +53,7 @@ def _compile(case: Configuration, architecture: int):
             signature[name] = "constexpr"
             constants[name] = given
         elif name.startswith("p_"):
-            signature[name] = f"*{given or _POINTERS.get(name, case.element)}"
+            signature[name] = f"*{given or POINTERS.get(name, case.element)}"
         else:
             signature[name] = "fp32" if name in _FLOATS else "i32"
         if signature[name] not in ("constexpr", "fp32") and not parameter.do_not_specialize and given != "any":

@@ -18,13 +18,14 @@ UPDATE = "to record them: python tests/ops/triton_compile.py"
 
 
 def rows(architecture):
-    return TABLE[f"sm_{architecture}"]
+    """What was recorded; null stands for what was not compiled yet."""
+    return {name: row for name, row in TABLE[f"sm_{architecture}"].items() if row is not None}
 
 
 def most_demanding(architecture):
     """Of each kernel, the recorded configuration of most registers and, among these, of most shared memory."""
-    cases = sorted(configurations(architecture).items(), key=lambda item: rows(architecture)[item[0]][::2])
-    return [(architecture, name) for name in {case.name: name for name, case in cases}.values()]
+    names = sorted(rows(architecture), key=lambda name: rows(architecture)[name][::2])
+    return [(architecture, name) for name in {name.split()[0]: name for name in names}.values()]
 
 
 def check(places):
@@ -33,13 +34,13 @@ def check(places):
         assert stack == 0, (architecture, name)
         assert shared <= triton_compile.MOST_SHARED[architecture], (architecture, name)
         # Another compiler allocates otherwise.
-        if triton.__version__ == TABLE["triton"]:
+        if triton.__version__ == TABLE["triton"] and name in rows(architecture):
             assert list(found) == rows(architecture)[name], (architecture, name, UPDATE)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_table_lists_what_the_launchers_can_choose(architecture):
-    assert rows(architecture).keys() == configurations(architecture).keys(), UPDATE
+    assert TABLE[f"sm_{architecture}"].keys() == configurations(architecture).keys(), UPDATE
 
 
 @pytest.mark.parametrize("family", triton_compile.FAMILIES)

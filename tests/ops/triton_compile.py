@@ -1,18 +1,21 @@
 """Compiles the Triton kernels ahead of time, without a GPU, and reads off what they take of one.
 
 ``python tests/ops/triton_compile.py`` brings the table ``triton_resources.json`` up to date: it compiles what is new,
-and every configuration of kernels that changed or if Triton did. That takes about ten minutes for all of them.
+and every configuration of kernels that changed or if Triton did. With a number of minutes it stops after them, and
+leaves ``null`` where it did not come to.
 """
 
 import ast
 import hashlib
 import json
+import math
 import os
 import re
 import subprocess
 import sys
 import tempfile
-from concurrent.futures import ProcessPoolExecutor
+import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
@@ -25,6 +28,8 @@ from triton_configurations import ARCHITECTURES, Configuration, configurations
 import clara_fast.triton_kernels
 
 TABLE = Path(__file__).with_name("triton_resources.json")
+# An architecture and the name of a configuration; registers, stack and shared memory.
+Place, Numbers = tuple[int, str], tuple[int, int, int]
 # Bytes of shared memory that a block may have.
 MOST_SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 
@@ -62,7 +67,7 @@ def _compile(case: Configuration, architecture: int):
     return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=launch)
 
 
-def resources(place: tuple[int, str]) -> tuple[int, int, int]:
+def resources(place: Place) -> Numbers:
     """Registers and bytes of stack (what was spilled) of a thread, and bytes of shared memory of a block."""
     architecture, name = place
     compiled = _compile(configurations(architecture)[name], architecture)
@@ -76,14 +81,16 @@ def resources(place: tuple[int, str]) -> tuple[int, int, int]:
     return int(found["REG"]), int(found["STACK"]), compiled.metadata.shared
 
 
-def compile_all(places: list[tuple[int, str]], show: bool = False) -> dict[tuple[int, str], tuple[int, int, int]]:
-    """``resources`` of each ``(architecture, name)``, on every core."""
+def compile_all(places: list[Place], until: float = math.inf) -> dict[Place, Numbers]:
+    """``resources`` of each place, or of as many as can be started until then, on every core."""
     found = {}
     with ProcessPoolExecutor(os.cpu_count(), get_context("spawn")) as processes:
-        for place, numbers in zip(places, processes.map(resources, places)):
-            found[place] = numbers
-            if show:
-                print(len(found), *place, numbers, file=sys.stderr, flush=True)
+        started = {processes.submit(resources, place): place for place in places}
+        for job in as_completed(started):
+            found[started[job]] = job.result()
+            if time.monotonic() > until:
+                processes.shutdown(cancel_futures=True)
+                return found | {place: job.result() for job, place in started.items() if not job.cancelled()}
     return found
 
 
@@ -105,29 +112,27 @@ NEXT = ",\n"
 FAMILIES = ("attention", "pool", "select")
 
 
-def update() -> None:
+def update(minutes: float = math.inf) -> None:
     old = json.loads(TABLE.read_text()) if TABLE.exists() else {}
-    current = {
-        family
-        for family in FAMILIES
-        if old.get("triton") == triton.__version__ and old["code"].get(family) == fingerprint(family)
-    }
-    places = [(architecture, name) for architecture in ARCHITECTURES for name in configurations(architecture)]
-    kept = {
-        place: row
-        for place in places
-        if configurations(place[0])[place[1]].family in current
-        and (row := old[f"sm_{place[0]}"].get(place[1])) is not None
-    }
-    found = kept | compile_all([place for place in places if place not in kept], show=True)
-    head = {"triton": triton.__version__, "code": {family: fingerprint(family) for family in FAMILIES}}
-    lines = [f'  "{name}": {json.dumps(value)}' for name, value in head.items()]
-    lines.append('  "columns": ["registers", "stack", "shared"]')
+    code = {family: fingerprint(family) for family in FAMILIES}
+    same = old.get("triton") == triton.__version__
+    rows = {}
     for architecture in ARCHITECTURES:
-        rows = [f'    "{name}": {json.dumps(found[architecture, name])}' for name in configurations(architecture)]
-        lines.append(f'  "sm_{architecture}": {{\n{NEXT.join(rows)}\n  }}')
+        for name, case in configurations(architecture).items():
+            kept = same and old["code"][case.family] == code[case.family]
+            rows[architecture, name] = old[f"sm_{architecture}"].get(name) if kept else None
+    # Kernels of the matrix products first: they need the most registers.
+    missing = sorted((place for place, row in rows.items() if row is None), key=lambda place: place[1])
+    rows |= compile_all(missing, time.monotonic() + 60 * minutes)
+
+    head = {"triton": triton.__version__, "code": code, "columns": ["registers", "stack", "shared"]}
+    lines = [f'  "{name}": {json.dumps(value)}' for name, value in head.items()]
+    for architecture in ARCHITECTURES:
+        part = [f'    "{name}": {json.dumps(rows[architecture, name])}' for name in configurations(architecture)]
+        lines.append(f'  "sm_{architecture}": {{\n{NEXT.join(part)}\n  }}')
     TABLE.write_text("{\n" + NEXT.join(lines) + "\n}\n")
+    print(sum(row is None for row in rows.values()), "of", len(rows), "configurations are still to be compiled")
 
 
 if __name__ == "__main__":
-    update()
+    update(*map(float, sys.argv[1:]))

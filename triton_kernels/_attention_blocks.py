@@ -19,7 +19,7 @@ def _blocks(rows: int, keys: int, warps: int, stages: int, chunk: int = 0) -> Bl
 
 def head_block(size: int) -> int:
     """Columns of a block for heads of ``size``."""
-    return max(triton.next_power_of_2(size), 32)
+    return max(triton.next_power_of_2(size), 64)
 
 
 def _family(architecture: int) -> int:
@@ -58,7 +58,8 @@ def bwd_query_blocks(architecture: int, element_size: int, size: int) -> list[Bl
         return [_blocks(32, 32, 8, 1)]
     if size > 64:
         return [_blocks(64, 64, 8, 2), _blocks(64, 32, 8, 3)]
-    return _narrow_blocks(architecture, size)
+    few = _blocks(32, 64, 4, 2)
+    return [few] if _family(architecture) == 80 else [_blocks(64, 64, 4, 2), few]
 
 
 def bwd_key_blocks(architecture: int, element_size: int, size: int) -> list[Blocks]:
@@ -69,11 +70,5 @@ def bwd_key_blocks(architecture: int, element_size: int, size: int) -> list[Bloc
         return [_blocks(32, 32, 8, 1)]
     if size > 64:
         return [_blocks(64, 64, 8, 2) if family == 80 else _blocks(32, 64, 8, 2), _blocks(32, 32, 4, 2)]
-    return _narrow_blocks(architecture, size)
-
-
-def _narrow_blocks(architecture: int, size: int) -> list[Blocks]:
-    if size <= 32:
-        return [_blocks(32, 64, 4, 1)]
     few = _blocks(32, 64, 4, 2)
-    return [few] if _family(architecture) == 80 else [_blocks(64, 64, 4, 2), few]
+    return {80: [few], 90: [_blocks(64, 64, 4, 2), few], 100: [_blocks(64, 64, 8, 2)]}[family]

@@ -6,44 +6,49 @@ import triton
 import triton.language as tl
 
 from clara_fast.triton_kernels._attention_common import (
-    COUNTS,
     LN_2,
     LOG2_E,
     PRECISION,
+    UNSPECIALIZED,
     block_rows,
     find_block,
     find_source,
-    load_block,
+    load_range,
+    load_rows,
+    products,
     seen_keys,
+    store_rows,
 )
 
 
 @triton.jit
 def _fwd_step(
-    b_q,  # [BLOCK_ROWS, BLOCK_E]
+    b_q,  # [BLOCK_ROWS, BLOCK_E], or unused with CHUNK
     b_max,  # [BLOCK_ROWS], the largest score so far
     b_sum,  # [BLOCK_ROWS], the sum of exp2(score - b_max)
-    b_acc,  # [BLOCK_ROWS, BLOCK_V]
-    p_k,  # [BLOCK_KEYS, BLOCK_E] pointers
-    p_v,  # [BLOCK_KEYS, BLOCK_V] pointers
+    b_acc,  # [BLOCK_ROWS, BLOCK_E]
+    p_q,  # [BLOCK_ROWS]
+    in_row,  # [BLOCK_ROWS]
+    p_k,  # [BLOCK_KEYS]
+    p_v,  # [BLOCK_KEYS]
     o_n,  # [BLOCK_KEYS], places of the keys in their segment
     b_last,  # [BLOCK_ROWS], the last key that a row sees
     length,
     scale,
     o_e,
-    o_v,
+    size,
+    value_size,
     MASKED: tl.constexpr,
-    SIZE: tl.constexpr,
-    VALUE_SIZE: tl.constexpr,
     WIDEN: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-    BLOCK_V: tl.constexpr,
+    CHUNK: tl.constexpr,
 ):
     in_n = o_n < length
-    b_k = load_block(p_k, in_n, o_e, SIZE, BLOCK_E, MASKED, WIDEN)
-    b_v = load_block(p_v, in_n, o_v, VALUE_SIZE, BLOCK_V, MASKED, WIDEN)
+    b_k = p_k
+    if CHUNK == 0:
+        b_k = load_rows(p_k, in_n, o_e, size, MASKED, WIDEN)
+    b_v = load_rows(p_v, in_n, o_e, value_size, MASKED, WIDEN)
     # [BLOCK_ROWS, BLOCK_KEYS]
-    b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * scale
+    b_s = products(b_q, b_k, p_q, in_row, p_k, in_n, size, CHUNK, WIDEN) * scale
     if MASKED:
         b_s = tl.where(in_n[None, :] & (o_n[None, :] <= b_last[:, None]), b_s, float("-inf"))
     b_new_max = tl.maximum(b_max, tl.max(b_s, 1))
@@ -56,13 +61,13 @@ def _fwd_step(
     return b_new_max, b_sum, b_acc
 
 
-@triton.jit(do_not_specialize=COUNTS)
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def attention_fwd_kernel(
     p_query,  # [Tq, Hq, E]
     p_key,  # [Tk, Hkv, E]
     p_value,  # [Tk, Hkv, Ev]
-    p_out,  # [Tq, Hq, Ev], or [splits, Tq, Hq, Ev] float32
-    p_lse,  # [Tq, Hq] float32, or [splits, Tq, Hq]
+    p_out,  # [Tq, Hq, Ev] or, with DECODE, [splits, Tq, Hq, Ev] float32
+    p_lse,  # [Tq, Hq] float32 or, with DECODE, [splits, Tq, Hq]
     p_q_start,
     p_q_len,
     p_kv_start,
@@ -79,39 +84,37 @@ def attention_fwd_kernel(
     stride_vt,
     stride_vh,
     num_heads,
+    groups,
+    size,
+    value_size,
     DECODE: tl.constexpr,  # few rows: several programs may share the keys of a block
-    GROUPS: tl.constexpr,
-    SIZE: tl.constexpr,
-    VALUE_SIZE: tl.constexpr,
     WIDEN: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_KEYS: tl.constexpr,
     BLOCK_E: tl.constexpr,
-    BLOCK_V: tl.constexpr,
+    CHUNK: tl.constexpr,
 ):
     # Later blocks of a segment see more keys: they start first.
     pid = tl.num_programs(0) - 1 - tl.program_id(0)
-    segment, block = find_block(p_q_len, num_segments, pid, GROUPS, BLOCK_ROWS)
+    segment, row = find_block(p_q_len, num_segments, pid, groups, BLOCK_ROWS)
     if segment >= num_segments:
         return
     head = tl.program_id(1).to(tl.int64)
-    q_start = tl.load(p_q_start + segment).to(tl.int64)
-    q_len = tl.load(p_q_len + segment)
-    o_i, o_t, o_h, in_row = block_rows(block * BLOCK_ROWS, q_start, q_len, head, GROUPS, BLOCK_ROWS)
-    first_row = block * BLOCK_ROWS // GROUPS
-    last_row = tl.minimum((block * BLOCK_ROWS + BLOCK_ROWS - 1) // GROUPS, q_len - 1)
+    q_start, q_len = load_range(p_q_start, p_q_len, segment)
+    o_i, o_t, o_h, in_row = block_rows(row, q_start, q_len, head, groups, BLOCK_ROWS)
     o_e = tl.arange(0, BLOCK_E)
-    o_v = tl.arange(0, BLOCK_V)
     o_block = tl.arange(0, BLOCK_KEYS)
-    # [BLOCK_ROWS, BLOCK_E]
-    p_q = p_query + o_t[:, None] * stride_qt + o_h[:, None] * stride_qh + o_e[None, :]
-    b_q = load_block(p_q, in_row, o_e, SIZE, BLOCK_E, True, WIDEN)
-    # [BLOCK_KEYS, BLOCK_E], [BLOCK_KEYS, BLOCK_V]; the launcher keeps strides below 2^24.
-    o_key = o_block[:, None] * stride_kt + o_e[None, :]
-    o_value = o_block[:, None] * stride_vt + o_v[None, :]
+    # [BLOCK_ROWS], [BLOCK_ROWS, BLOCK_E]
+    p_q = p_query + o_t * stride_qt + o_h * stride_qh
+    b_q = p_q
+    if CHUNK == 0:
+        b_q = load_rows(p_q, in_row, o_e, size, True, WIDEN)
+    # [BLOCK_KEYS]; the launcher keeps strides below 2^24.
+    o_key = o_block * stride_kt
+    o_value = o_block * stride_vt
     b_max = tl.full([BLOCK_ROWS], float("-inf"), tl.float32)
     b_sum = tl.zeros([BLOCK_ROWS], tl.float32)
-    b_acc = tl.zeros([BLOCK_ROWS, BLOCK_V], tl.float32)
+    b_acc = tl.zeros([BLOCK_ROWS, BLOCK_E], tl.float32)
     scale_2 = scale * LOG2_E
     # This program's keys [low, high), counted through all of the sources.
     low = 0
@@ -127,7 +130,7 @@ def attention_fwd_kernel(
     # The contexts in full, then the segment's own keys up to the diagonal.
     for c in range(num_contexts + 1):
         start, length = find_source(p_kv_start, p_kv_len, p_contexts, segment, c, num_contexts)
-        shift, everyone, anyone = seen_keys(length, c == num_contexts, q_len, first_row, last_row)
+        shift, everyone, anyone = seen_keys(length, c == num_contexts, row, q_len, groups, BLOCK_ROWS)
         # Blocks that nobody need mask, then the rest; where few rows wait for their keys, masks cost nothing.
         whole = everyone // BLOCK_KEYS * BLOCK_KEYS
         if DECODE:
@@ -139,26 +142,25 @@ def attention_fwd_kernel(
                 p_k = p_key + ((start + n) * stride_kt + head * stride_kh) + o_key
                 p_v = p_value + ((start + n) * stride_vt + head * stride_vh) + o_value
                 b_max, b_sum, b_acc = _fwd_step(
-                    b_q, b_max, b_sum, b_acc, p_k, p_v, n + o_block, o_i + shift, anyone, scale_2, o_e, o_v,
-                    False, SIZE, VALUE_SIZE, WIDEN, BLOCK_E, BLOCK_V,
+                    b_q, b_max, b_sum, b_acc, p_q, in_row, p_k, p_v, n + o_block, o_i + shift, anyone, scale_2, o_e,
+                    size, value_size, False, WIDEN, CHUNK,
                 )  # fmt: skip
         for n in range(whole, anyone, BLOCK_KEYS):
             p_k = p_key + ((start + n) * stride_kt + head * stride_kh) + o_key
             p_v = p_value + ((start + n) * stride_vt + head * stride_vh) + o_value
             b_max, b_sum, b_acc = _fwd_step(
-                b_q, b_max, b_sum, b_acc, p_k, p_v, n + o_block, o_i + shift, anyone, scale_2, o_e, o_v,
-                True, SIZE, VALUE_SIZE, WIDEN, BLOCK_E, BLOCK_V,
+                b_q, b_max, b_sum, b_acc, p_q, in_row, p_k, p_v, n + o_block, o_i + shift, anyone, scale_2, o_e,
+                size, value_size, True, WIDEN, CHUNK,
             )  # fmt: skip
     o_q = o_t * num_heads + o_h
     if DECODE:
         o_q += tl.program_id(2).to(tl.int64) * num_rows * num_heads
     b_out = b_acc / tl.where(b_sum == 0.0, 1.0, b_sum)[:, None]
-    p_o = p_out + o_q[:, None] * VALUE_SIZE + o_v[None, :]
-    tl.store(p_o, b_out.to(p_out.dtype.element_ty), in_row[:, None] & (o_v < VALUE_SIZE)[None, :])
+    store_rows(p_out + o_q * value_size, b_out, in_row, o_e, value_size)
     tl.store(p_lse + o_q, (b_max + tl.log2(b_sum)) * LN_2, in_row)
 
 
-@triton.jit(do_not_specialize=COUNTS)
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def attention_fwd_merge_kernel(
     p_part_out,  # [splits, Tq * Hq, Ev] float32
     p_part_lse,  # [splits, Tq * Hq] float32, -inf where a part saw nothing
@@ -166,39 +168,39 @@ def attention_fwd_merge_kernel(
     p_lse,  # [Tq * Hq] float32
     num_rows,
     num_splits,
-    VALUE_SIZE: tl.constexpr,
-    BLOCK_V: tl.constexpr,
+    value_size,
+    BLOCK_E: tl.constexpr,
     BLOCK_SPLITS: tl.constexpr,
 ):
     """One row of one head from its parts, always in the same order."""
     row = tl.program_id(0).to(tl.int64)
     o_s = tl.arange(0, BLOCK_SPLITS)
-    o_v = tl.arange(0, BLOCK_V)
+    o_e = tl.arange(0, BLOCK_E)
     o_part = o_s.to(tl.int64) * num_rows + row
     # [BLOCK_SPLITS]
     b_lse = tl.load(p_part_lse + o_part, o_s < num_splits, float("-inf"))
     largest = tl.max(b_lse)
     b_weight = tl.exp(b_lse - tl.where(largest == float("-inf"), 0.0, largest))
     total = tl.sum(b_weight)
-    # [BLOCK_SPLITS, BLOCK_V]; what saw nothing may hold anything.
-    inside = (b_weight > 0.0)[:, None] & (o_v < VALUE_SIZE)[None, :]
-    b_part = tl.load(p_part_out + o_part[:, None] * VALUE_SIZE + o_v[None, :], inside, 0.0)
+    # [BLOCK_SPLITS, BLOCK_E]; what saw nothing may hold anything.
+    inside = (b_weight > 0.0)[:, None] & (o_e < value_size)[None, :]
+    b_part = tl.load(p_part_out + o_part[:, None] * value_size + o_e[None, :], inside, 0.0)
     b_out = tl.sum(b_part * b_weight[:, None], 0) / tl.where(total == 0.0, 1.0, total)
-    tl.store(p_out + row * VALUE_SIZE + o_v, b_out.to(p_out.dtype.element_ty), o_v < VALUE_SIZE)
+    tl.store(p_out + row * value_size + o_e, b_out.to(p_out.dtype.element_ty), o_e < value_size)
     tl.store(p_lse + row, largest + tl.log(total))
 
 
-@triton.jit(do_not_specialize=COUNTS)
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def attention_clear_kernel(
     p_rows,  # [Tq, width]
-    p_lse,  # [Tq, Hq] float32 or unused
+    p_lse,  # [Tq, Hq] float32, written with has_lse
     p_q_start,
     p_q_len,
     num_segments,
     num_rows,
     width,
     num_heads,
-    HAS_LSE: tl.constexpr,
+    has_lse,
     BLOCK_T: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_W: tl.constexpr,
@@ -224,7 +226,7 @@ def attention_clear_kernel(
         for w in range(0, width, BLOCK_W):
             o_w = w + tl.arange(0, BLOCK_W)
             tl.store(p_row + o_w, tl.zeros([BLOCK_W], p_rows.dtype.element_ty), o_w < width)
-        if HAS_LSE:
+        if has_lse != 0:
             for h in range(0, num_heads, BLOCK_S):
                 o_h = h + tl.arange(0, BLOCK_S)
                 b_lse = tl.full([BLOCK_S], float("-inf"), tl.float32)

@@ -65,6 +65,20 @@ def device_guard(tensor: Tensor) -> torch.cuda.device_of:
     return torch.cuda.device_of(tensor)
 
 
+def aligned(tensor: Tensor) -> Tensor:
+    """The tensor or, if its address is no multiple of 16 bytes as that of an allocation is, a copy."""
+    return tensor.clone() if tensor.data_ptr() % 16 else tensor
+
+
+def padded(tensor: Tensor) -> Tensor:
+    """The tensor or, if its last dimension is no multiple of 16, a copy with zeros up to one.
+
+    Triton compiles a kernel again for sizes and strides that are no multiples of 16, and loads element by element.
+    """
+    odd = -tensor.shape[-1] % 16
+    return torch.nn.functional.pad(tensor, (0, odd)) if odd else tensor
+
+
 @lru_cache(maxsize=16)
 def num_processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4

@@ -7,7 +7,7 @@ import triton
 from torch import Tensor
 
 from clara_fast.triton_kernels._attention_backward import attention_bwd_key_kernel, attention_bwd_query_kernel
-from clara_fast.triton_kernels._attention_blocks import bwd_key_blocks, bwd_query_blocks, fwd_blocks
+from clara_fast.triton_kernels._attention_blocks import bwd_key_blocks, bwd_query_blocks, fwd_blocks, head_block
 from clara_fast.triton_kernels._attention_forward import (
     attention_clear_kernel,
     attention_fwd_kernel,
@@ -16,32 +16,35 @@ from clara_fast.triton_kernels._attention_forward import (
 from clara_fast.triton_kernels._launch import (
     INTERPRETING,
     Blocks,
+    aligned,
     architecture,
     device_guard,
     launch,
     num_processors,
     num_splits,
+    padded,
 )
 
 _FEW_ROWS = 16  # query rows of a key head and segment up to which it counts as decoding
 _MOST_SPLITS = 32
+_MERGE = {"BLOCK_SPLITS": _MOST_SPLITS, "num_warps": 4}
 _CLEAR = {"BLOCK_T": 64, "BLOCK_S": 64, "BLOCK_W": 1024, "num_warps": 4}
 
 
 def _addressable(tensor: Tensor) -> Tensor:
-    """Elements of a head side by side, and a block's rows so close that their offsets fit 32 bits."""
-    return tensor if tensor.stride(2) == 1 and tensor.stride(0) < 2**24 else tensor.contiguous()
+    """Whole vectors of 16 elements, side by side, and rows so close that a block's offsets fit 32 bits."""
+    tensor = padded(tensor)
+    fits = tensor.stride(2) == 1 and tensor.stride(0) < 2**24 and not (tensor.stride(0) | tensor.stride(1)) % 16
+    return aligned(tensor if fits else tensor.contiguous())
 
 
-def _constants(query: Tensor, key: Tensor, value: Tensor) -> dict[str, int | bool]:
-    return {
-        "GROUPS": query.shape[1] // key.shape[1],
-        "SIZE": query.shape[2],
-        "VALUE_SIZE": value.shape[2],
-        "BLOCK_E": max(triton.next_power_of_2(query.shape[2]), 16),
-        "BLOCK_V": max(triton.next_power_of_2(value.shape[2]), 16),
-        "WIDEN": INTERPRETING,
-    }
+def _constants(query: Tensor, value: Tensor) -> dict[str, int | bool]:
+    return {"BLOCK_E": head_block(max(query.shape[2], value.shape[2])), "WIDEN": INTERPRETING}
+
+
+def _sizes(query: Tensor, key: Tensor, value: Tensor) -> tuple[int, int, int]:
+    """Query heads to a key head, and sizes of the heads."""
+    return query.shape[1] // key.shape[1], query.shape[2], value.shape[2]
 
 
 def _strides(*tensors: Tensor) -> list[int]:
@@ -57,11 +60,11 @@ def _decode_splits(keys: int, segments: int, contexts: int, blocks: int, block_k
     return num_splits(blocks, min(most // (2 * block_keys), _MOST_SPLITS), device, per_processor=2)
 
 
-def _clear(layout: list[Tensor], rows: Tensor, lse: Tensor | None) -> None:
-    """0 (-inf in ``lse``) in query rows of no segment."""
+def _clear(layout: list[Tensor], rows: Tensor, lse: Tensor, clear_lse: bool) -> None:
+    """0 (and -inf in ``lse``) in query rows of no segment."""
     count, width = rows.shape[0], rows.shape[1] * rows.shape[2]
     attention_clear_kernel[(triton.cdiv(count, _CLEAR["BLOCK_T"]),)](
-        rows, lse, *layout[:2], layout[0].shape[0], count, width, rows.shape[1], HAS_LSE=lse is not None, **_CLEAR
+        rows, lse, *layout[:2], layout[0].shape[0], count, width, rows.shape[1], int(clear_lse), **_CLEAR
     )
 
 
@@ -76,24 +79,22 @@ def compressed_context_attention_fwd(
     head, row and key that it sees, on tensor cores (float32: outside of them). In decoding each key head's keys are
     read once for all of its query heads, and the operations do not matter.
     """
+    value_size = value.shape[2]
     query, key, value = _addressable(query), _addressable(key), _addressable(value)
     rows, heads, key_heads = query.shape[0], query.shape[1], key.shape[1]
     segments, contexts = layout[4].shape
-    constants, device = _constants(query, key, value), query.device
-    group_rows = rows * constants["GROUPS"]
+    constants, sizes, device = _constants(query, value), _sizes(query, key, value), query.device
+    group_rows = rows * sizes[0]
     few = group_rows <= _FEW_ROWS * segments
     crowded = triton.cdiv(group_rows, 128) * key_heads >= num_processors(device)
-    widest = max(constants["BLOCK_E"], constants["BLOCK_V"])
-    candidates = fwd_blocks(architecture(device), query.element_size(), widest, few, crowded)
+    candidates = fwd_blocks(architecture(device), query.element_size(), constants["BLOCK_E"], few, crowded)
 
     out = torch.empty((rows, heads, value.shape[2]), dtype=query.dtype, device=device)
     lse = torch.empty((rows, heads), dtype=torch.float32, device=device)
-    splits = 1
+    splits, part_out, part_lse = 1, out, lse
     if few:
         blocks = key_heads * segments
         splits = _decode_splits(key.shape[0], segments, contexts, blocks, candidates[0]["BLOCK_KEYS"], device)
-    part_out, part_lse = out, lse
-    if splits > 1:
         part_out = torch.empty((splits, *out.shape), dtype=torch.float32, device=device)
         # Rows of no segment stay so, and come out as 0.
         part_lse = torch.full((splits, rows, heads), float("-inf"), dtype=torch.float32, device=device)
@@ -117,11 +118,12 @@ def compressed_context_attention_fwd(
             rows,
             *_strides(query, key, value),
             heads,
+            *sizes,
             DECODE=few,
             **constants,
             candidates=candidates,
         )
-        if splits > 1:
+        if few:
             attention_fwd_merge_kernel[(rows * heads,)](
                 part_out,
                 part_lse,
@@ -129,14 +131,13 @@ def compressed_context_attention_fwd(
                 lse,
                 rows * heads,
                 splits,
-                VALUE_SIZE=constants["VALUE_SIZE"],
-                BLOCK_V=constants["BLOCK_V"],
-                BLOCK_SPLITS=_MOST_SPLITS,
-                num_warps=4,
+                value.shape[2],
+                BLOCK_E=constants["BLOCK_E"],
+                **_MERGE,
             )
         else:
-            _clear(layout, out, lse)
-    return out, lse
+            _clear(layout, out, lse, True)
+    return out[..., :value_size].contiguous(), lse
 
 
 def _readers(contexts: Tensor) -> tuple[Tensor, Tensor]:
@@ -164,17 +165,18 @@ def compressed_context_attention_bwd(
     ``4 * (E + Ev)`` (grad_key, grad_value) floating-point operations for each query head, row and key that it sees: the
     scores are computed twice, so that each gradient is summed by one program in one order.
     """
+    query_size, value_size = query.shape[2], value.shape[2]
     query, key, value = _addressable(query), _addressable(key), _addressable(value)
-    grad_out, out = grad_out.contiguous(), out.contiguous()
+    grad_out, out = _addressable(grad_out.contiguous()), _addressable(out.contiguous())
     rows, heads, key_heads = query.shape[0], query.shape[1], key.shape[1]
     segments, contexts = layout[4].shape
-    constants, device = _constants(query, key, value), query.device
-    group_rows = rows * constants["GROUPS"]
+    constants, sizes, device = _constants(query, value), _sizes(query, key, value), query.device
+    group_rows = rows * sizes[0]
     grad_query = torch.empty(query.shape, dtype=query.dtype, device=device)
     grad_key = torch.empty(key.shape, dtype=key.dtype, device=device)
     grad_value = torch.empty(value.shape, dtype=value.dtype, device=device)
     delta = torch.empty((rows, heads), dtype=torch.float32, device=device)
-    chosen = architecture(device), query.element_size(), max(constants["BLOCK_E"], constants["BLOCK_V"])
+    chosen = architecture(device), query.element_size(), constants["BLOCK_E"]
     strides = _strides(query, key, value)
     with device_guard(query):
         launch(
@@ -185,7 +187,7 @@ def compressed_context_attention_bwd(
             value,
             grad_out,
             out,
-            None if grad_lse is None else grad_lse.contiguous(),
+            lse if grad_lse is None else grad_lse.contiguous(),
             lse,
             delta,
             grad_query,
@@ -195,11 +197,12 @@ def compressed_context_attention_bwd(
             contexts,
             *strides,
             heads,
-            HAS_GRAD_LSE=grad_lse is not None,
+            *sizes,
+            int(grad_lse is not None),
             **constants,
             candidates=bwd_query_blocks(*chosen),
         )
-        _clear(layout, grad_query, None)
+        _clear(layout, grad_query, lse, False)
         readers, reader_ends = _readers(layout[4]) if contexts else (layout[0], layout[0])
         launch(
             attention_bwd_key_kernel,
@@ -222,7 +225,9 @@ def compressed_context_attention_bwd(
             *strides,
             heads,
             key_heads,
+            *sizes,
             **constants,
             candidates=bwd_key_blocks(*chosen),
         )
-    return grad_query, grad_key, grad_value
+    cut = query_size, query_size, value_size
+    return tuple(grad[..., :n].contiguous() for grad, n in zip((grad_query, grad_key, grad_value), cut))

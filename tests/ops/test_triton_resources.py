@@ -1,4 +1,8 @@
-"""Every Triton kernel compiles without a GPU, spills nothing, and takes of one what the recorded table says."""
+"""Every Triton kernel compiles without a GPU, spills nothing, and takes of one what the recorded table says.
+
+The table has every configuration, and is held to the launchers and to the kernels' code; the most demanding ones of
+each kernel are compiled anew here, and the rest in the slow tests.
+"""
 
 import json
 
@@ -7,37 +11,57 @@ import pytest
 triton = pytest.importorskip("triton")
 
 import triton_compile  # noqa: E402
+from triton_compile import ARCHITECTURES, configurations  # noqa: E402
 
 TABLE = json.loads(triton_compile.TABLE.read_text())
-CASES = [
-    pytest.param(name, architecture, marks=[] if architecture == 90 else pytest.mark.slow)
-    for architecture in triton_compile.ARCHITECTURES
-    for name in triton_compile.variants(architecture)
-]
+UPDATE = "to record them: python tests/ops/triton_compile.py"
 
 
-@pytest.mark.parametrize(("name", "architecture"), CASES)
-def test_resources(name, architecture):
-    case = triton_compile.variants(architecture)[name]
-    found = triton_compile.resources(triton_compile.compile_kernel(*case, architecture))
-    assert found["shared"] <= triton_compile.MOST_SHARED[architecture]
-    if triton.__version__ == TABLE["triton"]:
-        assert found["stack"] == 0
-        assert found == TABLE[name][f"sm_{architecture}"], (
-            "if that is meant: python tests/ops/triton_compile.py > tests/ops/triton_resources.json"
-        )
-    else:
-        # Another compiler allocates otherwise, but not at random.
-        assert found["stack"] <= 128
+def rows(architecture):
+    """What was recorded; null stands for what was not compiled yet."""
+    return {name: row for name, row in TABLE[f"sm_{architecture}"].items() if row is not None}
 
 
-def test_table_has_every_kernel():
-    for architecture in triton_compile.ARCHITECTURES:
-        recorded = {name for name, row in TABLE.items() if name != "triton" and f"sm_{architecture}" in row}
-        assert recorded == triton_compile.variants(architecture).keys()
+def most_demanding(architecture):
+    """Of each kernel, the recorded configuration of most registers and, among these, of most shared memory."""
+    names = sorted(rows(architecture), key=lambda name: rows(architecture)[name][::2])
+    return [(architecture, name) for name in {name.split()[0]: name for name in names}.values()]
 
 
-def test_blocks_fit_the_processors_with_little_shared_memory():
-    """sm_86, sm_89 and sm_120 take sm_80's blocks and have 99 KB."""
-    for name, row in TABLE.items():
-        assert name == "triton" or row["sm_80"]["shared"] <= 99 * 1024, name
+def check(places):
+    for (architecture, name), found in triton_compile.compile_all(places).items():
+        _, stack, shared = found
+        assert stack == 0, (architecture, name)
+        assert shared <= triton_compile.MOST_SHARED[architecture], (architecture, name)
+        # Another compiler allocates otherwise.
+        if triton.__version__ == TABLE["triton"] and name in rows(architecture):
+            assert list(found) == rows(architecture)[name], (architecture, name, UPDATE)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_table_lists_what_the_launchers_can_choose(architecture):
+    assert TABLE[f"sm_{architecture}"].keys() == configurations(architecture).keys(), UPDATE
+
+
+@pytest.mark.parametrize("family", triton_compile.FAMILIES)
+def test_table_is_of_the_kernels_as_they_are(family):
+    assert TABLE["code"][family] == triton_compile.fingerprint(family), UPDATE
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_nothing_spills_and_everything_fits(architecture):
+    # sm_86, sm_89 and sm_120 take sm_80's blocks and have 99 KB.
+    most = 99 * 1024 if architecture == 80 else triton_compile.MOST_SHARED[architecture]
+    for name, (_, stack, shared) in rows(architecture).items():
+        assert stack == 0, name
+        assert shared <= most, name
+
+
+def test_most_demanding_configurations():
+    check([place for architecture in ARCHITECTURES for place in most_demanding(architecture)])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_all_configurations(architecture):
+    check([(architecture, name) for name in configurations(architecture)])

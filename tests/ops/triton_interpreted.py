@@ -69,11 +69,11 @@ def test_pool_memory_of_many_rows():
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_pool_memory_in_two_blocks_and_several_parts(dtype):
-    """80 = 64 + 16, segments that four programs share, and rows of none."""
-    offsets = torch.tensor([1, 131, 259], dtype=torch.int32)
-    inputs = [rand(264, 80, dtype=dtype), rand(80, dtype=dtype)]
+    """530 = 512 + 18 columns, segments that two programs share, and rows of none."""
+    offsets = torch.tensor([1, 65, 131], dtype=torch.int32)
+    inputs = [rand(134, 530, dtype=dtype), rand(530, dtype=dtype)]
     functions = [
-        lambda hidden, weight, f=f: f(hidden, offsets, 40, norm_weight=weight)
+        lambda hidden, weight, f=f: f(hidden, offsets, 20, norm_weight=weight)
         for f in (ops.pool_memory, reference.pool_memory)
     ]
     assert_within_budget(*functions, inputs, rounded_within=dtype)
@@ -162,7 +162,7 @@ LAYOUTS = {
 )
 def test_attention(name, heads):
     layout, rows, keys = LAYOUTS[name]
-    inputs = [rand(rows, heads[0], 8), rand(keys, heads[1], 8), rand(keys, heads[1], 5)]
+    inputs = [rand(rows, heads[0], 40), rand(keys, heads[1], 40), rand(keys, heads[1], 5)]
     functions = [
         lambda *tensors, f=f: f(*tensors, layout)
         for f in (ops.compressed_context_attention, reference.compressed_context_attention)

@@ -1,7 +1,7 @@
 """Kills ``clara-fast synthesize``: ``python -m tests.synthesis.killing JOURNAL ARGUMENTS...`` runs it three times.
 
-The first run gets SIGKILL when the journal has 20 lines, the second at 70, the third ends by itself; each kill leaves
-a torn line besides. Prints each exit status and whether there is an output. Forked from one process: imports come once.
+The first run gets Ctrl-C when the journal has 20 lines, the second SIGKILL at 70, the third ends by itself; before each
+a torn line is put into the journal. Prints each exit status and whether there is an output. Forked from one process: imports come once.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ def lines(journal: Path) -> int:
     return journal.read_bytes().count(b"\n") if journal.exists() else 0
 
 
-def run(journal: Path, args: list[str], until: int | None) -> None:
+def run(journal: Path, args: list[str], until: int | None, kill: int = 0) -> None:
     pid = os.fork()
     if pid == 0:
         os._exit(main(args))
     if until is not None:
         while lines(journal) < until and os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
             time.sleep(0.002)
-        os.kill(pid, signal.SIGKILL)
+        os.kill(pid, kill)
     status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     print(status, Path(args[args.index("--out") + 1]).exists(), flush=True)
     if until is not None:
@@ -38,5 +38,7 @@ def run(journal: Path, args: list[str], until: int | None) -> None:
 
 
 if __name__ == "__main__":
-    for limit in (20, 70, None):
-        run(Path(sys.argv[1]), sys.argv[2:], limit)
+    # A test run in the background was started with Ctrl-C ignored, and a child inherits that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for limit, kill in ((20, signal.SIGINT), (70, signal.SIGKILL), (None, 0)):
+        run(Path(sys.argv[1]), sys.argv[2:], limit, kill)

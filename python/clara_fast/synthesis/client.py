@@ -144,12 +144,12 @@ class Client:
         """
         try:
             await self._models()
-        except BadEndpoint:
-            raise
         except Exception as error:
             problem = problem_of(error, self.endpoint)
-            if isinstance(problem, BadEndpoint) or (isinstance(problem, Passing) and problem.unreachable):
+            if isinstance(problem, Passing) and (problem.unreachable or problem.kind == "timeout"):
                 raise BadEndpoint(f"cannot reach {self.endpoint.url}: {problem}") from None
+            if problem.about_key:
+                raise BadEndpoint(str(problem)) from None
 
     async def send(self, request: Request, keep: Callable[[Reply], Awaitable[None]]) -> None:
         """Ask the server, and give its answer to ``keep``.

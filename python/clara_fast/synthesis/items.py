@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from clara_fast.data.rows import is_text, read_rows
+from clara_fast.data.questions import GOLD_FIELDS, QuestionSample
+from clara_fast.data.rows import documents_of, is_text, read_rows
 
 
 @dataclass(frozen=True)
@@ -70,24 +71,17 @@ class Items:
     def _all(self) -> Iterator[Item | None]:
         """Every item, and None for a duplicate."""
         seen: set[str] = set()
-        try:
-            for place, row in read_rows(self._path):
-                for item in self._read(row, place):
-                    content = json.dumps([item.question, *item.documents])
-                    same = digest(" ".join(content.casefold().split()))
-                    if same in seen:
-                        yield None
-                        continue
-                    seen.add(same)
-                    yield item
-                    if len(seen) == self._limit:
-                        return
-        except (UnicodeDecodeError, EOFError) as error:
-            raise ValueError(f"{self._path} is not UTF-8 JSON lines ({error})") from None
-        except OSError as error:
-            if isinstance(error, FileNotFoundError):
-                raise
-            raise ValueError(f"cannot read {self._path}: {error.strerror or error}") from None
+        for place, row in read_rows(self._path):
+            for item in self._read(row, place):
+                content = json.dumps([item.question, *item.documents])
+                same = digest(" ".join(content.casefold().split()))
+                if same in seen:
+                    yield None
+                    continue
+                seen.add(same)
+                yield item
+                if len(seen) == self._limit:
+                    return
 
 
 def passages_of(
@@ -116,19 +110,19 @@ def passages_of(
 
 def question_of(row: dict[str, Any], place: str, *, max_documents: int | None = 5, id_field: str = "id") -> list[Item]:
     """The question of a row with the documents to answer it from: the first ones, and those in ``pos_index``."""
-    question, documents = row.get("question"), row.get("docs")
+    question, documents = row.get("question"), documents_of(row, place)
     if isinstance(question, list) and len(question) == 1:
         question = question[0]
     if not is_text(question):
         raise ValueError(f"{place}: question must hold one question with text, not {_shown(question)}")
-    if not isinstance(documents, list) or not documents or not all(is_text(document) for document in documents):
+    if not documents or not all(is_text(document) for document in documents):
         raise ValueError(f"{place}: docs must be a list of documents with text")
-    gold = [answer for key in ("gold_answer", "answers") for answer in _listed(row.get(key))]
+    gold = [answer for key in GOLD_FIELDS for answer in _listed(row.get(key))]
     positives = _listed(row.get("pos_index"))
     if not all(isinstance(i, int) and 0 <= i < len(documents) for i in positives):
         raise ValueError(f"{place}: pos_index must hold indices of the {len(documents)} docs, not {_shown(positives)}")
-    chosen = _chosen(len(documents), positives, max_documents)
-    read = [_clean(documents[i].strip()) for i in chosen]
+    sample = QuestionSample("", str(question), documents, answers=[], positives=list(dict.fromkeys(positives)))
+    read = [_clean(documents[i].strip()) for i in sample.chosen(max_documents)]
     question = _clean(str(question).strip())
     gold = list(dict.fromkeys(_clean(str(answer).strip()) for answer in gold if is_text(answer)))
     key = digest(json.dumps([question, read, gold]))
@@ -138,15 +132,6 @@ def question_of(row: dict[str, Any], place: str, *, max_documents: int | None = 
 def digest(text: str) -> str:
     """A short name for a text."""
     return hashlib.blake2b(text.encode(), digest_size=10).hexdigest()
-
-
-def _chosen(count: int, positives: list[int], most: int | None) -> list[int]:
-    """The first ``most`` of ``count`` indices, positives in the place of the last, as QuestionSample.chosen does."""
-    if most is None or count <= most:
-        return list(range(count))
-    kept = list(dict.fromkeys(positives))[:most]
-    others = [i for i in range(count) if i not in kept]
-    return sorted([*kept, *others[: most - len(kept)]])
 
 
 def _id(name: Any, key: str, place: str) -> str:

@@ -123,7 +123,7 @@ class _Rounds:
                     self._asked[name] = question
                     new.append((kind, question))
             if len(questions) > _MOST_QUESTIONS:
-                self._reject(number, kind, f"{len(questions) - _MOST_QUESTIONS} more than {_MOST_QUESTIONS} questions")
+                self._reject(number, kind, f"too many questions: {len(questions)}")
         return new
 
     async def _questions(self, number: int, kind: str, again: str, values: dict[str, str]) -> list[Question]:

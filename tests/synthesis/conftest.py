@@ -1,3 +1,5 @@
+"""For all tests of synthesis."""
+
 import os
 
 # The servers of these tests are on this machine, whatever proxy it has.

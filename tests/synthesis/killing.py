@@ -1,7 +1,8 @@
 """Kills ``clara-fast synthesize``: ``python -m tests.synthesis.killing JOURNAL ARGUMENTS...`` runs it three times.
 
-The first run gets Ctrl-C when the journal has 20 lines, the second SIGKILL at 70, the third ends by itself; before each
-a torn line is put into the journal. Prints each exit status and whether there is an output. Forked from one process: imports come once.
+The first run gets Ctrl-C when the journal has 20 lines, the second SIGKILL at 70, the third ends by itself; a torn line
+is put into the journal after each of the first two. Prints each exit status and whether there is an output. Forked from
+one process: imports come once.
 """
 
 from __future__ import annotations

@@ -90,7 +90,7 @@ def test_passages_of_the_wrong_format(refused, server, tmp_path, content, messag
 
 def test_files(refused, tmp_path):
     assert "does not exist" in refused(passages=tmp_path / "none.jsonl")
-    (tmp_path / "latin.jsonl").write_bytes(b'{"text": "caf\xe9"}\n')
+    (tmp_path / "latin.jsonl").write_bytes(b'{"text": "\xe9"}\n')
     assert "line 1: not UTF-8" in refused(passages=tmp_path / "latin.jsonl")
     (tmp_path / "broken.jsonl.gz").write_bytes(b"no gzip")
     assert "damaged gzip file" in refused(passages=tmp_path / "broken.jsonl.gz")
@@ -146,7 +146,7 @@ def test_prompts_can_be_changed_and_are_checked(tmp_path, capsys):
     assert own["answer"].fill({"passage": "$p", "question": "q"}) == [{"role": "user", "content": "$5 for $p and q"}]
     assert own.fingerprint() != Prompts().fingerprint()
     for text, message in (
-        ("user: '$passage $questoin'", r"no placeholder \$questoin .* only \$passage, \$question"),
+        ("user: '$passage $quest'", r"no placeholder \$quest .* only \$passage, \$question"),
         ("user: 'Q: $question'", r"\$passage is missing"),
         ("user: '$passage costs $5'", r"write \$\$ for the sign itself"),
         ("user: '$passage'\nmax_token: 5", "no other"),
@@ -157,8 +157,8 @@ def test_prompts_can_be_changed_and_are_checked(tmp_path, capsys):
         file.write_text(text)
         with pytest.raises(ValueError, match=message):
             Prompts(tmp_path / "own")
-    file.rename(tmp_path / "own" / "anser.yaml")
-    with pytest.raises(ValueError, match=r"anser\.yaml: there is no prompt of this name"):
+    file.rename(tmp_path / "own" / "reply.yaml")
+    with pytest.raises(ValueError, match=r"reply\.yaml: there is no prompt of this name"):
         Prompts(tmp_path / "own")
 
 

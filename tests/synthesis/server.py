@@ -226,7 +226,9 @@ FAILURES: dict[str, Callable[[_Handler], None]] = {
     "cut off": lambda h: h.send(200, completion('{"accept": true, "answer": "x", "paraphrase": "y"}', "length")),
     "broken JSON": lambda h: h.send(200, completion('{"accept": true, "answer": "it", "questions: [')),
     "prose": lambda h: h.send(200, completion("I would accept that. The answer is: red.")),
-    "both ways": lambda h: h.send(200, completion('{"accept": true} or rather {"accept": false}, {"answer": 1}')),
+    "both ways": lambda h: h.send(
+        200, completion('{"accept": true, "answer": "1"} or rather {"accept": false, "answer": "2"}')
+    ),
     "too long": lambda h: h.error(400, "maximum context length is 4096 tokens"),
     "no schema": lambda h: h.error(400, "response_format is not supported"),
     "no model": lambda h: h.error(404, "The model `none` does not exist."),

@@ -127,7 +127,7 @@ def synthesize(
         prices=Prices(price_in, price_out),
     )
     with item_progress("items") as bar:
-        bar_task = bar.add_task("synthesizing", total=None, accepted=0)
+        bar_task = bar.add_task("synthesizing", total=None)
         accepted = 0
 
         def progress(what: str, count: int) -> None:

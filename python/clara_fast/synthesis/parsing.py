@@ -131,7 +131,9 @@ def _scan(text: str, parts: bool) -> Iterator[Any]:
         position = opening.start()
         try:
             value, position = _decode(text, position)
-        except (json.JSONDecodeError, RecursionError):
+        except RecursionError:  # a server that cannot stop; to try each bracket would take minutes
+            raise UnusableAnswer("nested too deep") from None
+        except json.JSONDecodeError:
             if opening.group() == "{" and not parts:
                 raise UnusableAnswer("broken JSON in it") from None
             position += 1  # prose in brackets, or cut off

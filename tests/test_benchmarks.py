@@ -20,6 +20,7 @@ from clara_fast.benchmarks import (
     ops,
     roofline,
     select_memory,
+    text_or_memory,
 )
 from clara_fast.benchmarks import timing as clocks
 from clara_fast.benchmarks.harness import OURS, Bar, Case, Contest, Floor, Options, Result
@@ -152,13 +153,13 @@ def test_memories_beside_full_text(tmp_path):
 
 
 def test_a_wrong_answer_is_refused(monkeypatch, capsys):
-    right = end_to_end.answering.generate_ids
+    right = text_or_memory.answering.generate_ids
 
     def wrong(*arguments, **named):
         ids = right(*arguments, **named)
         return (ids + 1) % 100
 
-    monkeypatch.setattr(end_to_end.answering, "generate_ids", wrong)
+    monkeypatch.setattr(text_or_memory.answering, "generate_ids", wrong)
     assert end_to_end.main(["--quick", "--rates", "16", "--only", "answer 16x:"]) == 1
     assert "behind the likeliest one" in capsys.readouterr().out
 

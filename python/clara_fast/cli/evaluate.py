@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -18,7 +19,7 @@ from clara_fast.cli.models import (
     ModelChoice,
     SubfolderOption,
 )
-from clara_fast.cli.output import document_progress, note, print_json
+from clara_fast.cli.output import item_progress, note, print_json
 
 if TYPE_CHECKING:
     from clara_fast.evaluation.journal import Prediction
@@ -112,10 +113,10 @@ def evaluate(
         tools["retriever_model"] = ModelChoice.of(retriever_model, None, base_model, device, dtype).load()[0]
     predictions = []
     of_base: dict[Any, Any] = {}
-    with document_progress() as bar:
-        for label, choice in choices.items():
-            clara, _ = choice.load()
-            journal.claim(label, harness.facts(clara))
+    for label, choice in choices.items():
+        clara, _ = choice.load()
+        journal.claim(label, harness.facts(clara))
+        with item_progress("answers") as bar, _saying_how_to_go_on(out):
             for questions in sets:
                 task = bar.add_task(f"{label}, {questions.name}", total=len(questions.samples) * len(names))
                 predictions += harness.run(
@@ -131,8 +132,18 @@ def evaluate(
                     max_new_tokens=max_new_tokens,
                     progress=lambda count, task=task: bar.advance(task, count),  # type: ignore[misc]
                 )
-            del clara
+        del clara
     _show(predictions, {**settings, "models": journal.models}, out, json)
+
+
+@contextlib.contextmanager
+def _saying_how_to_go_on(out: Path | None) -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        if out is not None:
+            note(f"stopped: {out} holds the answers so far; the same command does the rest")
+        raise
 
 
 def _show(predictions: Sequence[Prediction], settings: dict[str, Any], out: Path | None, json: bool) -> None:

@@ -75,9 +75,9 @@ def load_model(
     config = ClaraConfig.from_dict(content, str(folder / "config.json"))
     if base_model is not None:
         config.base_model = str(base_model)
-    other_rate = compression_rate is not None and compression_rate != config.compression_rate
-    if other_rate:
-        config = dataclasses.replace(config, compression_rate=compression_rate)
+    rate = compression_rate or config.compression_rate
+    other_rate = rate != config.compression_rate
+    config = dataclasses.replace(config, compression_rate=rate)
     # At another rate the saved tokenizer has the wrong memory tokens.
     lm, tokenizer = load_base(config.base_model, dtype, device, saved=None if other_rate else folder)
     model = cls(config, lm, tokenizer, prompts_folder=folder)

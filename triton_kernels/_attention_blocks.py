@@ -35,17 +35,16 @@ def fwd_blocks(architecture: int, element_size: int, size: int, few_rows: bool, 
     """
     family = _family(architecture)
     if element_size == 4:
-        chunk = 32 if size > 64 else 0
         if few_rows:
-            return [_blocks(16, 32, 8 if size > 128 else 4, 2, chunk)]
-        return [_blocks(32, 32 if size <= 128 else 16, 8, 2, chunk)]
+            return [_blocks(16, 32, 8 if size > 128 else 4, 2, 32)]
+        return [_blocks(32, 32 if size <= 128 else 16, 8, 2, 32 if size > 64 else 0)]
     if few_rows:
         return [_blocks(16, 64, 8, 2) if size > 128 else _blocks(16, 128 if size <= 64 else 64, 4, 3)]
     if size > 128:
-        return [_blocks(64, 32, 8, 1 if family == 100 else 2)]
+        return [_blocks(32, 32, 8, 2)]
     if size > 64:
-        short = _blocks(64, 32, 4, 3)
-        many = _blocks(128, 64, 8, 2) if family == 90 else _blocks(128, 32, 8, 3 if family == 100 else 2)
+        short = _blocks(64, 64, 8, 2)
+        many = {80: _blocks(64, 32, 8, 3), 90: _blocks(128, 64, 8, 2), 100: _blocks(128, 32, 8, 3)}[family]
     else:
         short, many = _blocks(64, 64, 4, 3), _blocks(128, 64, 8, 3)
     return [many, short] if crowded else [short, many]
@@ -69,6 +68,5 @@ def bwd_key_blocks(architecture: int, element_size: int, size: int) -> list[Bloc
     if size > 128:
         return [_blocks(32, 32, 8, 1)]
     if size > 64:
-        return [_blocks(64, 64, 8, 2) if family == 80 else _blocks(32, 64, 8, 2), _blocks(32, 32, 4, 2)]
-    few = _blocks(32, 64, 4, 2)
-    return {80: [few], 90: [_blocks(64, 64, 4, 2), few], 100: [_blocks(64, 64, 8, 2)]}[family]
+        return [_blocks(64, 64, 8, 2) if family == 80 else _blocks(32, 64, 8, 2)]
+    return [_blocks(32 if family == 80 else 64, 64, 8, 2)]

@@ -27,15 +27,16 @@ _PARTS: Blocks = {"BLOCK_PARTS": 128}
 _COPY: Blocks = {"BLOCK_M": 1024, "num_warps": 4}
 
 
-def _affinity_blocks(element_size: int) -> Blocks:
-    """256 bytes of 16 candidates and 16 slots at a time, four deep."""
-    return {"BLOCK_K": _SLOTS, "BLOCK_N": 16, "BLOCK_M": 256 // element_size, "num_warps": 4, "num_stages": 4}
+def _affinity_blocks(element_size: int, size: int) -> Blocks:
+    """256 bytes of 16 candidates and 16 slots at a time, four deep; half of it where elements are loaded one by one."""
+    step = (128 if size % 16 else 256) // element_size
+    return {"BLOCK_K": _SLOTS, "BLOCK_N": 16, "BLOCK_M": step, "num_warps": 4, "num_stages": 4}
 
 
 def _row_of_candidates(count: int) -> Blocks:
     """All candidates of a question in the registers of one program, and the parts of a sum taken at a time."""
     block = 128 if count <= 128 else 1024 if count <= 1024 else max(triton.next_power_of_2(count), 4096)
-    warps = 1 if block == 128 else 4 if block == 1024 else 8
+    warps = 1 if block == 128 else 4 if block == 1024 else 16
     return {"BLOCK_N": block, "BLOCK_SPLITS": max(2048 // block, 1), "num_warps": warps}
 
 
@@ -109,7 +110,7 @@ def select_memory_bwd(
     batch, count, key_size = keys.shape
     k, size = indices.shape[1], memory.shape[2] * memory.shape[3]
     one_tensor = keys.data_ptr() == memory.data_ptr() and key_size == size
-    blocks, row = _affinity_blocks(memory.element_size()), _row_of_candidates(count)
+    blocks, row = _affinity_blocks(memory.element_size(), size), _row_of_candidates(count)
     splits = num_splits(batch, min(triton.cdiv(size, 4 * blocks["BLOCK_M"]), 64), keys.device)
     parts = num_splits(batch * splits, min(triton.cdiv(count, blocks["BLOCK_N"]), 16), keys.device)
 

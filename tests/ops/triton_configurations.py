@@ -81,7 +81,7 @@ def _select_memory() -> Iterator[Configuration]:
             yield configuration(select_forward.select_memory_gather_kernel, element, **select._COPY, **size)
             yield configuration(select_backward.select_memory_grad_keys_kernel, element, **select._ROWS, **size)
             yield configuration(select_backward.select_memory_grad_memory_kernel, element, **select._COPY, **size)
-            blocks = {"WIDEN": False, **select._affinity_blocks(element_size), **size}
+            blocks = {"WIDEN": False, **select._affinity_blocks(element_size, 1 if size else 16), **size}
             for squares in (True, False):
                 kernel = select_backward.select_memory_affinity_kernel
                 yield configuration(kernel, element, SQUARES=squares, **blocks)

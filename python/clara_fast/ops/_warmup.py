@@ -146,18 +146,13 @@ def warmup(
 
     def select() -> None:
         memory = rand(2, candidates, m, size)
-        for valid in (None, torch.ones(2, candidates, dtype=torch.bool, device=place)):
-            # Keys that are the memory, as in training, and keys of their own.
-            _run(
-                lambda q, x, v=valid: select_memory(q, x.flatten(2), x, top_k, valid=v),
-                [rand(2, m * size), memory],
-                training,
-            )
-            _run(
-                lambda q, k, x, v=valid: select_memory(q, k, x, top_k, valid=v),
-                [rand(2, size), rand(2, candidates, size), memory],
-                training,
-            )
+        # Keys that are the memory, as in training, and keys of their own.
+        _run(lambda q, x: select_memory(q, x.flatten(2), x, top_k), [rand(2, m * size), memory], training)
+        _run(
+            lambda q, k, x: select_memory(q, k, x, top_k),
+            [rand(2, size), rand(2, candidates, size), memory],
+            training,
+        )
 
     def search() -> None:
         _run(lambda q, k: cosine_topk(q, k, top_k), [rand(2, m * size), rand(candidates, m * size)], training)

@@ -89,7 +89,7 @@ def test_memory_files_are_ordinary_safetensors_and_aligned(filled):
     path = filled.path / "shards" / "00001.safetensors"
     assert load_file(path)["memory"].equal(filled.memory(range(4, 8)))
     assert int.from_bytes(path.read_bytes()[:8], "little") % 64 == 56
-    assert filled._shards[1].memory.data_ptr() % 64 == 0
+    assert filled._snapshot.shards[1].rows.memory.data_ptr() % 64 == 0
 
 
 def test_an_open_reader_keeps_its_view_while_another_adds(filled, model):

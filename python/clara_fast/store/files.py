@@ -1,18 +1,14 @@
-"""Files that are whole or absent (written beside their place, synced, renamed), and the writer's lock."""
+"""Files that are whole or absent: written beside their place, synced, renamed."""
 
 from __future__ import annotations
 
 import hashlib
 import os
-import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from clara_fast.store.errors import StoreError, StoreLockedError
-
 TEMPORARY = ".tmp"
-LOCK_FILE = "writer.lock"
 
 
 @dataclass(frozen=True)
@@ -63,34 +59,3 @@ def file_sha256(path: Path) -> str:
     """Hex digest of a file, read in pieces."""
     with open(path, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-class WriterLock:
-    """An exclusive ``flock`` on a store folder, freed by :meth:`release` or the end of the process.
-
-    Raises:
-        StoreLockedError: another writer holds it.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        try:
-            import fcntl
-        except ImportError:
-            raise StoreError("writing a store needs flock, which this system lacks; reading works") from None
-        file = folder / LOCK_FILE
-        descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            owner = os.read(descriptor, 32).decode("ascii", "replace").strip()
-            os.close(descriptor)
-            raise StoreLockedError(
-                f"{folder} is being written by another process (pid {owner or 'unknown'}); "
-                "wait until it has finished, or close that store"
-            ) from None
-        except BaseException:
-            os.close(descriptor)
-            raise
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, str(os.getpid()).encode(), 0)
-        self.release = weakref.finalize(self, os.close, descriptor)

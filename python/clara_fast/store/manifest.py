@@ -2,21 +2,25 @@
 
 A store is a folder::
 
-    manifest.json               the only word on what belongs to the store; replaced by rename
-    shards/00000.safetensors    "memory" [rows, num_memory, hidden_size]
-    shards/00000.parquet        id, title, text, metadata (JSON), one row per memory
-    writer.lock                 held by the one writer
+    manifest.json                            the only word on what belongs to the store; replaced by rename
+    shards/00000.safetensors                 "memory" [rows, num_memory, hidden_size] and what else is number
+    shards/00000.parquet                     id, title, text, metadata (JSON), one row per memory
+    shards/00000.deleted-3.safetensors       "deleted" [3]: rows of the shard that are no longer there
+    writer.lock, readers.lock                held by the one writer; by readers, on what they read
 
-A shard's two files are in place before the manifest names them, so whatever stops a writer, the manifest
-lists whole shards only. Other files are leftovers: readers ignore them, the next writer removes them.
+A file is in place before the manifest names it and is never changed, so whatever stops a writer, the manifest
+lists whole shards only, and who has read a manifest can go on reading what it names. Other files are leftovers:
+readers ignore them, a writer removes them once nobody reads an older manifest.
+
+Version 1 had neither deletions nor digests of the ids; its stores are read as they are, and their manifest becomes
+one of version 2 when something is written.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import re
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,27 +30,41 @@ from clara_fast.store.files import FileFacts, Staged, sync_folder
 MANIFEST_FILE = "manifest.json"
 SHARD_FOLDER = "shards"
 FORMAT = "clara_fast.memory_store"
-VERSION = 1
-SHARD_FILE = re.compile(r"\d{5,}\.(safetensors|parquet)")
+VERSION = 2
+SHARD_FILE = re.compile(r"\d{5,}(\.parquet|(\.deleted-\d+)?\.safetensors)")
+
+
+@dataclass(frozen=True)
+class Deletion:
+    """The file that lists a shard's deleted rows, and how many there are."""
+
+    rows: int
+    facts: FileFacts
 
 
 @dataclass(frozen=True)
 class ShardEntry:
-    """One shard: a file of memories and a file of documents with ``rows`` rows each."""
+    """One shard: a file of memories and a file of documents with ``rows`` rows each, some of them deleted."""
 
     rows: int
     memory: FileFacts
     documents: FileFacts
+    deleted: Deletion | None = None
 
     @property
     def name(self) -> str:
         """``"00000"``."""
-        return Path(self.memory.file).stem
+        return Path(self.documents.file).stem
 
     @property
-    def files(self) -> tuple[FileFacts, FileFacts]:
-        """Both files' facts."""
-        return self.memory, self.documents
+    def files(self) -> list[FileFacts]:
+        """Facts of all its files."""
+        return [self.memory, self.documents, *([self.deleted.facts] if self.deleted else [])]
+
+    @property
+    def live(self) -> int:
+        """Rows that are not deleted."""
+        return self.rows - (self.deleted.rows if self.deleted else 0)
 
 
 @dataclass(frozen=True)
@@ -62,31 +80,39 @@ class ModelFacts:
 
 @dataclass(frozen=True)
 class Manifest:
-    """Content of ``manifest.json``. ``next_shard`` only grows: the name of a shard is never used twice."""
+    """Content of ``manifest.json``.
+
+    ``next_shard`` only grows: the name of a shard is never used twice. ``generation`` counts the manifests of a store.
+    """
 
     model: ModelFacts
     num_memory: int
     hidden_size: int
     dtype: str
+    pooled_keys: bool = False
+    generation: int = 0
     next_shard: int = 0
     shards: tuple[ShardEntry, ...] = ()
+    version: int = VERSION
 
     @property
     def rows(self) -> int:
-        """Documents in all shards."""
-        return sum(shard.rows for shard in self.shards)
+        """Documents in all shards, without the deleted ones."""
+        return sum(shard.live for shard in self.shards)
 
-    def with_shard(self, shard: ShardEntry) -> Manifest:
-        """The manifest after ``shard`` has been added."""
-        return dataclasses.replace(self, next_shard=self.next_shard + 1, shards=(*self.shards, shard))
+    def with_shards(self, shards: tuple[ShardEntry, ...], *, new: int = 0) -> Manifest:
+        """The next manifest, with these shards, ``new`` of them just written."""
+        return replace(
+            self, generation=self.generation + 1, next_shard=self.next_shard + new, shards=shards, version=VERSION
+        )
 
-    def without(self, names: set[str]) -> Manifest:
-        """The manifest after the named shards have been given up."""
-        return dataclasses.replace(self, shards=tuple(s for s in self.shards if s.name not in names))
+    def shard_name(self, ahead: int = 0) -> str:
+        """Of the next shard, or the one so many after it."""
+        return f"{self.next_shard + ahead:05d}"
 
     def write(self, folder: Path) -> None:
         """Replace ``folder/manifest.json``."""
-        content = {"format": FORMAT, "version": VERSION, **dataclasses.asdict(self)}
+        content = {"format": FORMAT, **asdict(self)}
         staged = Staged(folder / MANIFEST_FILE, [json.dumps(content, indent=1).encode()])
         staged.publish()
         sync_folder(folder)
@@ -111,10 +137,13 @@ class Manifest:
             raise _damaged(file, f"not JSON ({error})") from None
         if not isinstance(content, dict) or content.get("format") != FORMAT:
             raise StoreError(f"{file} does not describe a memory store of clara_fast")
-        if content.get("version") != VERSION:
+        version = content.get("version")
+        if not isinstance(version, int) or isinstance(version, bool) or version < 1:
+            raise _damaged(file, f"{version!r} is not a version")
+        if version > VERSION:
             raise StoreError(
-                f"{folder} has format version {content.get('version')}, this clara_fast reads "
-                f"version {VERSION}: upgrade clara_fast, or compress the corpus again"
+                f"{folder} has format version {version}, this clara_fast reads versions up to {VERSION}: "
+                "upgrade clara_fast, or compress the corpus again"
             )
         try:
             return cls._from_json(content)
@@ -123,17 +152,30 @@ class Manifest:
 
     @classmethod
     def _from_json(cls, content: dict[str, Any]) -> Manifest:
-        shards = tuple(
-            ShardEntry(_count(s["rows"]), _facts(s["memory"]), _facts(s["documents"])) for s in content["shards"]
-        )
         return cls(
             model=ModelFacts(**content["model"]),
             num_memory=_count(content["num_memory"]),
             hidden_size=_count(content["hidden_size"]),
             dtype=str(content["dtype"]),
+            pooled_keys=bool(content.get("pooled_keys", False)),
+            generation=int(content.get("generation", 0)),
             next_shard=int(content["next_shard"]),
-            shards=shards,
+            shards=tuple(_entry(shard) for shard in content["shards"]),
+            version=content["version"],
         )
+
+
+def _entry(content: dict[str, Any]) -> ShardEntry:
+    deleted = content.get("deleted")
+    entry = ShardEntry(
+        _count(content["rows"]),
+        _facts(content["memory"]),
+        _facts(content["documents"]),
+        Deletion(_count(deleted["rows"]), _facts(deleted["facts"])) if deleted else None,
+    )
+    if entry.live < 0:
+        raise ValueError(f"shard {entry.name} has {entry.rows} rows, of which {entry.rows - entry.live} are deleted")
+    return entry
 
 
 def _count(value: Any) -> int:

@@ -1,13 +1,17 @@
-"""One shard: memories in safetensors, documents in Parquet, written whole and read in place."""
+"""One shard, read in place: memories through a memory map, documents by row groups."""
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import json
+import mmap
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from itertools import groupby
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
@@ -16,112 +20,133 @@ from torch import Tensor
 
 from clara_fast.store.documents import Document
 from clara_fast.store.errors import StoreDamagedError
-from clara_fast.store.files import FileFacts, Staged, file_sha256, sync_folder
+from clara_fast.store.files import FileFacts, file_sha256
+from clara_fast.store.formats import Format, Rows
 from clara_fast.store.manifest import ShardEntry
-
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-_SAFETENSORS_NAME = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
-_SCHEMA = pa.schema([pa.field(name, pa.string(), nullable=False) for name in ("id", "title", "text", "metadata")])
-# Reading one hit decodes one row group: small enough to be quick, large enough to compress.
-_ROWS_PER_GROUP = 128
-_ALIGNMENT = 64
-
-
-def write_shard(folder: Path, name: str, rows: list[dict[str, str]], memory: Tensor, dtype: str) -> ShardEntry:
-    """Write both files of a shard and sync them; the caller makes it count by writing the manifest.
-
-    Args:
-        folder: of the shards.
-        name: such as ``"00000"``.
-        rows: ``{"id", "title", "text", "metadata"}`` per document.
-        memory: ``[n, m, D]``, contiguous, on the CPU, in ``dtype``.
-        dtype: a key of ``DTYPES``.
-    """
-    staged = [
-        Staged(folder / f"{name}.safetensors", _safetensors(memory, dtype)),
-        Staged(folder / f"{name}.parquet", [_parquet(rows)]),
-    ]
-    for file in staged:
-        file.publish()
-    sync_folder(folder)
-    return ShardEntry(len(rows), *(file.facts for file in staged))
-
-
-def _safetensors(memory: Tensor, dtype: str) -> Iterator[bytes | memoryview]:
-    # By hand rather than with safetensors.torch.save: no second copy of the shard, and the padded header puts
-    # the rows on a cache line, so that no vector load of a scan is split.
-    data = memory.reshape(-1).view(torch.uint8).numpy().data
-    entry = {"dtype": _SAFETENSORS_NAME[dtype], "shape": list(memory.shape), "data_offsets": [0, len(data)]}
-    header = json.dumps({"memory": entry}).encode()
-    header += b" " * (-(8 + len(header)) % _ALIGNMENT)
-    yield len(header).to_bytes(8, "little")
-    yield header
-    yield data
-
-
-def _parquet(rows: list[dict[str, str]]) -> memoryview:
-    sink = pa.BufferOutputStream()
-    table = pa.Table.from_pylist(rows, schema=_SCHEMA)
-    pq.write_table(table, sink, row_group_size=_ROWS_PER_GROUP, compression="zstd", write_page_checksum=True)
-    return memoryview(sink.getvalue())
+from clara_fast.store.shard_files import ROWS_PER_GROUP, SCHEMA, id_digests
 
 
 class Shard:
     """A shard for reading; its files are opened when first used, so a damaged one harms no other.
 
+    Rows are counted from the shard's first and include the deleted ones.
+
     Args:
         folder: of the shards.
         entry: what the manifest says of it.
-        start: row of the store that its first row is.
         shape: ``(m, D)`` of a memory.
-        dtype: of the stored memories.
+        format: of the stored memories.
     """
 
-    def __init__(self, folder: Path, entry: ShardEntry, start: int, shape: tuple[int, int], dtype: torch.dtype) -> None:
+    def __init__(self, folder: Path, entry: ShardEntry, shape: tuple[int, int], format: Format) -> None:
         self.folder = folder
         self.entry = entry
-        self.start = start
-        self._shape = (entry.rows, *shape)
-        self._dtype = dtype
+        self.format = format
+        self._shape = shape
 
     @cached_property
-    def memory(self) -> Tensor:
-        """``[n, m, D]``, mapped: a page is read when it is touched. Not to be written to."""
-        path = self._path(self.entry.memory)
-        self._check_size(self.entry.memory)
-        try:
-            with safe_open(path, framework="pt") as file:
-                memory: Tensor = file.get_tensor("memory")
-        except (SafetensorError, OSError) as error:
-            raise self._damaged(self.entry.memory, str(error)) from None
-        if tuple(memory.shape) != self._shape or memory.dtype != self._dtype:
-            found = f"{memory.dtype} {tuple(memory.shape)}"
-            raise self._damaged(self.entry.memory, f"holds {found}, not {self._dtype} {self._shape}")
-        return memory
+    def _tensors(self) -> dict[str, Tensor]:
+        tensors = self._open(self.entry.memory)
+        n, m, width = self.entry.rows, *self._shape
+        expected = {"memory": (self.format.dtype, (n, m, width)), "id_digests": (torch.int64, (n, 2))}
+        expected["pooled"] = (self.format.dtype, (n, width))
+        expected |= {"scales": (torch.float32, (n, m)), "pooled_scales": (torch.float32, (n,))}
+        required = {"memory"} | ({"scales"} if self.format.largest else set())
+        for name in required - tensors.keys():
+            raise self._damaged(self.entry.memory, f"it holds no {name!r}")
+        for name in expected.keys() & tensors.keys():
+            found = (tensors[name].dtype, tuple(tensors[name].shape))
+            if found != expected[name]:
+                raise self._damaged(
+                    self.entry.memory,
+                    f"{name!r} holds {found[0]} {found[1]}, not {expected[name][0]} {expected[name][1]}",
+                )
+        return tensors
 
     @property
-    def keys(self) -> Tensor:
-        """``[n, m * D]``: the same storage, one row per document."""
-        return self.memory.flatten(1)
+    def rows(self) -> Rows:
+        """All rows, mapped: a page is read when it is touched. Not to be written to."""
+        tensors = self._tensors
+        return Rows(*(tensors.get(name) for name in ("memory", "scales", "pooled", "pooled_scales")))  # type: ignore[arg-type]
 
-    def documents(self, rows: Sequence[int]) -> Iterator[Document]:
-        """The documents at the store's ``rows``, which must be ascending and in this shard."""
-        for group, members in groupby(rows, key=lambda row: (row - self.start) // _ROWS_PER_GROUP):
-            table = self._read(group)
-            first = self.start + group * _ROWS_PER_GROUP
-            for row in members:
-                values = {name: table.column(name)[row - first].as_py() for name in _SCHEMA.names}
+    @cached_property
+    def deleted(self) -> np.ndarray:
+        """Rows that are no longer there, ascending, int64."""
+        deletion = self.entry.deleted
+        if deletion is None:
+            return np.empty(0, dtype=np.int64)
+        rows = self._open(deletion.facts).get("deleted", torch.empty(0)).numpy().astype(np.int64)
+        fits = len(rows) == deletion.rows and rows.ndim == 1 and bool((np.diff(rows) > 0).all())
+        if not fits or rows[0] < 0 or rows[-1] >= self.entry.rows:
+            raise self._damaged(deletion.facts, f"it does not list {deletion.rows} of {self.entry.rows} rows")
+        return rows
+
+    @cached_property
+    def _gaps(self) -> np.ndarray:
+        # How many live rows stand before each deleted one.
+        return self.deleted - np.arange(len(self.deleted))
+
+    def row_of_live(self, live: np.ndarray) -> np.ndarray:
+        """The rows that live rows number ``live`` are."""
+        return live + np.searchsorted(self._gaps, live, side="right") if len(self.deleted) else live
+
+    def live_of_row(self, rows: np.ndarray) -> np.ndarray:
+        """The other way round, for rows that are not deleted."""
+        return rows - np.searchsorted(self.deleted, rows) if len(self.deleted) else rows
+
+    def live_mask(self) -> np.ndarray:
+        """``[rows]`` bool, False where deleted."""
+        mask = np.ones(self.entry.rows, dtype=bool)
+        mask[self.deleted] = False
+        return mask
+
+    def documents(self, rows: Sequence[int], start: int = 0) -> Iterator[Document]:
+        """The documents at ``rows``, which must be ascending; ``start`` is the store's row of the first live one."""
+        numbers = self.live_of_row(np.asarray(rows, dtype=np.int64)) + start
+        for group, members in groupby(
+            zip(rows, numbers.tolist(), strict=True), key=lambda pair: pair[0] // ROWS_PER_GROUP
+        ):
+            table = self.table(group=int(group))
+            for row, number in members:
+                values = {name: table.column(name)[row - int(group) * ROWS_PER_GROUP].as_py() for name in SCHEMA.names}
                 values["metadata"] = json.loads(values["metadata"])
-                yield Document(row=row, **values)
+                yield Document(row=number, **values)
+
+    def table(self, columns: list[str] | None = None, group: int | None = None) -> pa.Table:
+        """Columns of all rows, or of one row group."""
+        facts = self.entry.documents
+        self._check_size(facts)
+        try:
+            with pq.ParquetFile(self._path(facts), memory_map=True, page_checksum_verification=True) as file:
+                if file.metadata.num_rows != self.entry.rows or file.schema_arrow.names != SCHEMA.names:
+                    raise self._damaged(facts, f"it does not hold {self.entry.rows} rows of {SCHEMA.names}")
+                return file.read(columns) if group is None else file.read_row_group(group, columns)
+        except (pa.ArrowException, OSError) as error:
+            raise self._damaged(facts, str(error).splitlines()[0]) from None
+
+    def id_digests(self) -> np.ndarray:
+        """``[live rows, 2]``: see :func:`clara_fast.store.shard_files.id_digests`."""
+        stored = self._tensors.get("id_digests")
+        digests = stored.numpy() if stored is not None else id_digests(self.ids())
+        return digests[self.live_mask()] if len(self.deleted) else digests
 
     def ids(self) -> list[str]:
-        """Ids of all rows."""
-        return self._read(None, ["id"]).column("id").to_pylist()
+        """Ids of all rows, deleted ones too."""
+        return self.table(["id"]).column("id").to_pylist()
+
+    def release(self, rows: slice) -> None:
+        """Let the pages of these memories go from this process: a long scan shall not fill memory."""
+        memory = self._tensors["memory"][rows]
+        if memory.numel():
+            _forget_pages(memory.data_ptr(), memory.numel() * memory.element_size())
 
     def problems(self) -> list[str]:
         """What is wrong with the shard's files, read in full; empty if nothing is."""
         found = []
-        for facts, probe in ((self.entry.memory, self._probe_memory), (self.entry.documents, self.ids)):
+        probes = [(self.entry.memory, self._probe_memory), (self.entry.documents, self._probe_documents)]
+        if self.entry.deleted is not None:
+            probes.append((self.entry.deleted.facts, self._probe_deleted))
+        for facts, probe in probes:
             try:
                 self._check_size(facts)
                 if file_sha256(self._path(facts)) != facts.sha256:
@@ -134,19 +159,26 @@ class Shard:
         return found
 
     def _probe_memory(self) -> None:
-        self.__dict__.pop("memory", None)  # what is mapped may be an older file than what the name now means
-        _ = self.memory
+        self.__dict__.pop("_tensors", None)  # what is mapped may be an older file than what the name now means
+        _ = self._tensors
 
-    def _read(self, group: int | None, columns: list[str] | None = None) -> pa.Table:
-        facts = self.entry.documents
+    def _probe_documents(self) -> None:
+        names = self.ids()
+        stored = self.__dict__.get("_tensors", {}).get("id_digests")
+        if stored is not None and not np.array_equal(stored.numpy(), id_digests(names)):
+            raise self._damaged(self.entry.memory, f"its ids are not those of {self.entry.documents.file}")
+
+    def _probe_deleted(self) -> None:
+        self.__dict__.pop("deleted", None)
+        _ = self.deleted
+
+    def _open(self, facts: FileFacts) -> dict[str, Tensor]:
         self._check_size(facts)
         try:
-            with pq.ParquetFile(self._path(facts), memory_map=True, page_checksum_verification=True) as file:
-                if file.metadata.num_rows != self.entry.rows or file.schema_arrow.names != _SCHEMA.names:
-                    raise self._damaged(facts, f"it does not hold {self.entry.rows} rows of {_SCHEMA.names}")
-                return file.read(columns) if group is None else file.read_row_group(group, columns)
-        except (pa.ArrowException, OSError) as error:
-            raise self._damaged(facts, str(error).splitlines()[0]) from None
+            with safe_open(self._path(facts), framework="pt") as file:
+                return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+        except (SafetensorError, OSError) as error:
+            raise self._damaged(facts, str(error)) from None
 
     def _check_size(self, facts: FileFacts) -> None:
         try:
@@ -163,7 +195,22 @@ class Shard:
 
     def _damaged(self, facts: FileFacts, what: str) -> StoreDamagedError:
         message = (
-            f"{self._path(facts)} is damaged: {what}; copy it back, or drop the shard's {self.entry.rows} "
+            f"{self._path(facts)} is damaged: {what}; copy it back, or drop the shard's {self.entry.live} "
             "documents (clara-fast inspect STORE --repair) and compress them again"
         )
         return StoreDamagedError(message, shards=[self.entry.name])
+
+
+def _forget_pages(address: int, size: int) -> None:
+    if (madvise := _madvise()) is not None:
+        start = address // mmap.PAGESIZE * mmap.PAGESIZE
+        madvise(ctypes.c_void_p(start), ctypes.c_size_t(address + size - start), mmap.MADV_DONTNEED)
+
+
+@functools.cache
+def _madvise() -> ctypes._NamedFuncPointer | None:
+    # Elsewhere MADV_DONTNEED has other meanings, or none. On Linux it drops the pages of a file from this process
+    # only: the system keeps them in its cache, and touching them again maps them again.
+    if not hasattr(mmap, "MADV_DONTNEED") or not hasattr(mmap, "MADV_DONTFORK"):
+        return None
+    return ctypes.CDLL(None).madvise

@@ -1,0 +1,217 @@
+"""Exact search over a snapshot: block after block of mapped keys, the best of all merged."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from clara_fast import ops
+from clara_fast.store.formats import take
+from clara_fast.store.shard import Shard
+from clara_fast.store.snapshot import Snapshot
+
+KEYS = ("memory", "pooled")
+# Large enough that starting a scan costs nothing, small enough that what is resident stays small.
+BLOCK_BYTES = 64 << 20
+# Where fewer rows than one in so many may be found, they are gathered; else all are compared, and more are kept.
+_SPARSE = 4
+_MERGE_COLUMNS = 4096
+
+
+@dataclass(frozen=True)
+class Block:
+    """Some rows of shard ``number``; the first is row ``place`` of the snapshot if deleted ones are counted."""
+
+    number: int
+    shard: Shard
+    rows: slice
+    place: int
+    kind: str
+
+    def keys(self) -> tuple[Tensor, Tensor | None]:
+        """``[n, R]`` as it is stored, mapped, and the scales ``[n]`` or ``[n, m]`` of 8-bit keys."""
+        stored = self.shard.rows
+        values = stored.memory.flatten(1) if self.kind == "memory" else stored.pooled
+        scales = stored.scales if self.kind == "memory" else stored.pooled_scales
+        assert values is not None, "checked by topk"
+        return values[self.rows], None if scales is None else scales[self.rows]
+
+    def release(self) -> None:
+        """Unmap the pages that were touched."""
+        if self.kind == "memory":
+            self.shard.release(self.rows)
+
+
+class KeySource(Protocol):
+    """Where keys are when they are compared: see :class:`clara_fast.store.device_keys.DeviceKeys`."""
+
+    device: torch.device
+
+    def read(self, blocks: Iterable[Block]) -> Iterator[tuple[Block, Tensor, Tensor | None]]: ...
+
+
+class MappedKeys:
+    """Keys read in place through the memory map."""
+
+    device = torch.device("cpu")
+
+    def read(self, blocks: Iterable[Block]) -> Iterator[tuple[Block, Tensor, Tensor | None]]:
+        for block in blocks:
+            yield block, *block.keys()
+            block.release()
+
+
+def blocks_of(snapshot: Snapshot, kind: str, shards: Iterable[int]) -> Iterator[Block]:
+    """The rows of some shards in order, cut into blocks."""
+    places = np.cumsum([0, *(shard.entry.rows for shard in snapshot.shards)]).tolist()
+    width = snapshot.shape[1] * (snapshot.shape[0] if kind == "memory" else 1)
+    step = max(1, BLOCK_BYTES // (width * snapshot.format.dtype.itemsize))
+    for number in shards:
+        shard = snapshot.shards[number]
+        for start in range(0, shard.entry.rows, step):
+            yield Block(number, shard, slice(start, min(start + step, shard.entry.rows)), places[number] + start, kind)
+
+
+def topk(
+    snapshot: Snapshot,
+    queries: Tensor,
+    k: int,
+    *,
+    source: KeySource,
+    kind: str = "memory",
+    allowed: Sequence[np.ndarray] | None = None,
+    group: Any = None,
+) -> tuple[Tensor, Tensor]:
+    """The k best live rows for each query; equal scores go to the lower row.
+
+    Args:
+        queries: ``[B, R]``.
+        k: at most the number of rows that may be found.
+        source: reads the keys.
+        kind: ``"memory"`` or ``"pooled"``.
+        allowed: per shard ``[rows]`` bool, which rows may be found; all live ones if None.
+        group: a ``torch.distributed`` group whose ranks call this with the same arguments and share the shards.
+
+    Returns:
+        scores ``[B, k]`` float32 and rows of the snapshot ``[B, k]`` int64, on the CPU.
+    """
+    world, rank = (group.size(), group.rank()) if group is not None else (1, 0)
+    found = _Found(k)
+    queries = queries.to(source.device)
+    blocks = blocks_of(snapshot, kind, range(rank, len(snapshot.shards), world))
+    for block, keys, scales in source.read(_possible(blocks, allowed)):
+        mask = _mask(block, allowed)
+        part = _best(queries, keys, scales, k, None if mask is None else torch.from_numpy(mask).to(keys.device))
+        if part is not None:
+            found.add(part[0], part[1] + block.place)
+    scores, places = found.best(len(queries))
+    if world > 1:
+        scores, places = _gathered(scores, places, k, group)
+    return scores, torch.from_numpy(_rows_of_places(snapshot, places.numpy()))
+
+
+def _mask(block: Block, allowed: Sequence[np.ndarray] | None) -> np.ndarray | None:
+    """Which of the block's rows may be found; None for all of them."""
+    if allowed is not None:
+        mask = allowed[block.number][block.rows]
+    elif block.shard.entry.deleted is None:
+        return None
+    else:
+        mask = block.shard.live_mask()[block.rows]
+    return None if mask.all() else mask
+
+
+def _possible(blocks: Iterable[Block], allowed: Sequence[np.ndarray] | None) -> Iterator[Block]:
+    """Blocks of which some row may be found: no other is read."""
+    for block in blocks:
+        mask = _mask(block, allowed)
+        if mask is None or mask.any():
+            yield block
+
+
+def _best(
+    queries: Tensor, keys: Tensor, scales: Tensor | None, k: int, mask: Tensor | None
+) -> tuple[Tensor, Tensor] | None:
+    """Scores and rows of the best of a block."""
+    count = len(keys) if mask is None else int(mask.sum())
+    k = min(k, count)
+    if mask is None:
+        return ops.cosine_topk(queries, keys, k, key_scales=scales)
+    if count * _SPARSE <= len(keys):
+        rows = mask.nonzero()[:, 0]
+        scores, found = ops.cosine_topk(
+            queries, take(keys, rows), k, key_scales=None if scales is None else scales[rows]
+        )
+        return scores, rows[found]
+    # No copy: find some more than k among all rows, until every query has k that count.
+    more = k * len(keys) // count + 8
+    while True:
+        scores, rows = ops.cosine_topk(queries, keys, min(more, len(keys)), key_scales=scales)
+        counted = mask[rows]
+        if more >= len(keys) or bool((counted.sum(1) >= k).all()):
+            break
+        more *= 4
+    first = (~counted).to(torch.int8).argsort(dim=1, stable=True)[:, :k]
+    return scores.gather(1, first), rows.gather(1, first)
+
+
+class _Found:
+    """Scores and places so far; merged now and then, places ascending among equal scores."""
+
+    def __init__(self, k: int) -> None:
+        self.k = k
+        self.parts: list[tuple[Tensor, Tensor]] = []
+        self.columns = 0
+
+    def add(self, scores: Tensor, places: Tensor) -> None:
+        self.parts.append((scores, places))
+        self.columns += scores.shape[1]
+        if self.columns > _MERGE_COLUMNS + self.k:
+            self._merge()
+
+    def _merge(self) -> None:
+        scores, places = (torch.cat(parts, dim=1) for parts in zip(*self.parts, strict=True))
+        # Equal scores stand in row order here (blocks ascend, the operator orders ties): a stable sort keeps it.
+        scores, order = scores.sort(dim=1, descending=True, stable=True)
+        self.parts = [(scores[:, : self.k], places.gather(1, order[:, : self.k]))]
+        self.columns = self.parts[0][0].shape[1]
+
+    def best(self, batch: int) -> tuple[Tensor, Tensor]:
+        """``[B, k]`` on the CPU; fewer columns where fewer were added."""
+        if not self.parts:
+            return torch.empty(batch, 0), torch.empty(batch, 0, dtype=torch.int64)
+        self._merge()
+        scores, places = self.parts[0]
+        return scores.contiguous().cpu(), places.contiguous().cpu()
+
+
+def _gathered(scores: Tensor, places: Tensor, k: int, group: Any) -> tuple[Tensor, Tensor]:
+    """The best over all ranks, the same on each."""
+    import torch.distributed as dist
+
+    parts: list[Any] = [None] * group.size()
+    dist.all_gather_object(parts, (scores, places), group=group)
+    scores, places = (torch.cat(columns, dim=1) for columns in zip(*parts, strict=True))
+    # Ranks hold shards in turn: put places in order first, so that equal scores keep it.
+    places, order = places.sort(dim=1)
+    scores, best = scores.gather(1, order).sort(dim=1, descending=True, stable=True)
+    return scores[:, :k].contiguous(), places.gather(1, best[:, :k])
+
+
+def _rows_of_places(snapshot: Snapshot, places: np.ndarray) -> np.ndarray:
+    """Rows of the snapshot from places among all rows, deleted ones included."""
+    if all(entry.deleted is None for entry in snapshot.manifest.shards):
+        return places
+    starts = np.cumsum([0, *(shard.entry.rows for shard in snapshot.shards)])
+    owners = np.searchsorted(starts, places, side="right") - 1
+    out = np.empty_like(places)
+    for number in np.unique(owners).tolist():
+        here = owners == number
+        shard = snapshot.shards[number]
+        out[here] = shard.live_of_row(places[here] - starts[number]) + snapshot.starts[number]
+    return out

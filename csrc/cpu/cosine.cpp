@@ -35,29 +35,49 @@ Queries::Queries(const Tensor& tensor, Storage storage, int64_t begin, int64_t c
   });
 }
 
-KeyFactor key_factor(const RowKernels& rows, const void* key, int64_t columns, float square, float scale) {
-  if (std::isnan(square) || !std::isfinite(scale)) return {kNaN, KeyKind::kNan};
-  if (scale == 0.0f) return {0.0f, KeyKind::kZero};
+float KeyScales::largest() const {
+  float found = 0.0f;
+  for (int64_t g = 0; g < count; ++g) {
+    const float size = std::fabs((*this)[g]);
+    if (!(size <= std::numeric_limits<float>::max())) return kNaN;
+    found = std::max(found, size);
+  }
+  return found;
+}
+
+KeyFactor key_factor(const RowKernels& rows, const void* key, int64_t columns, float square,
+                     const KeyScales& scales) {
+  const float largest = scales.largest();
+  if (std::isnan(square) || std::isnan(largest)) return {kNaN, KeyKind::kNan};
+  if (largest == 0.0f) return {0.0f, KeyKind::kZero};
   if (square >= kSmallestSquare && square <= kLargestSquare) {
-    return {std::copysign(1.0f / std::sqrt(square), scale), KeyKind::kPlain};
+    const float sign = scales.count == 1 ? scales[0] : 1.0f;  // several are in the sums with their signs
+    return {std::copysign(1.0f / std::sqrt(square), sign), KeyKind::kPlain};
   }
   std::vector<float> wide(columns);
   rows.widen(key, columns, columns, wide.data());
-  const bool zero = std::all_of(wide.begin(), wide.end(), [](float x) { return x == 0.0f; });
-  return zero ? KeyFactor{0.0f, KeyKind::kZero} : KeyFactor{kNaN, KeyKind::kExact};
+  const int64_t width = columns / scales.count;
+  for (int64_t i = 0; i < columns; ++i) {
+    if (wide[i] != 0.0f && scales[i / width] != 0.0f) return {kNaN, KeyKind::kExact};
+  }
+  return {0.0f, KeyKind::kZero};
 }
 
-float special_score(const RowKernels& rows, const void* key, int64_t columns, KeyKind kind, float scale,
-                    const Queries& queries, int64_t query) {
+float special_score(const RowKernels& rows, const void* key, int64_t columns, KeyKind kind,
+                    const KeyScales& scales, const Queries& queries, int64_t query) {
   if (kind == KeyKind::kZero || queries.inverse(query) == 0.0f) return 0.0f;
   if (kind == KeyKind::kNan || std::isnan(queries.inverse(query))) return kNaN;
   std::vector<float> wide(columns);
   rows.widen(key, columns, columns, wide.data());
   const float* q = queries[query];
-  double dot = 0.0;
-  for (int64_t i = 0; i < columns; ++i) dot += static_cast<double>(wide[i]) * q[i];
-  return static_cast<float>(std::copysign(1.0, scale) * dot / exact_norm(wide.data(), columns) *
-                            queries.inverse(query));
+  const int64_t width = columns / scales.count;
+  double dot = 0.0, square = 0.0;
+  for (int64_t i = 0; i < columns; ++i) {
+    const double value = static_cast<double>(wide[i]) * scales[i / width];
+    dot += value * q[i];
+    square += value * value;
+  }
+  return static_cast<float>(dot / std::sqrt(square) * queries.inverse(query));
 }
 
 }  // namespace clara_fast::cpu

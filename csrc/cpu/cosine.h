@@ -47,12 +47,24 @@ struct KeyFactor {
   KeyKind kind;
 };
 
-// What a key's sum of squares and its scale (1 where there is none) say about its scores.
-KeyFactor key_factor(const RowKernels& rows, const void* key, int64_t columns, float square, float scale);
+// What a key's columns are multiplied with: one number for each of `count` groups of equal width.
+struct KeyScales {
+  const float* values = nullptr;  // null: all 1
+  int64_t count = 1;
+
+  float operator[](int64_t group) const { return values == nullptr ? 1.0f : values[group]; }
+  // The largest in size, or NaN where one is not finite.
+  float largest() const;
+};
+
+// What a key's sum of squares and its scales say about its scores. The sum is that of the key without its
+// scale, or with several, of the key times scale / largest.
+KeyFactor key_factor(const RowKernels& rows, const void* key, int64_t columns, float square,
+                     const KeyScales& scales);
 
 // The score of a key that is not plain, or of any key with a query that is not.
-float special_score(const RowKernels& rows, const void* key, int64_t columns, KeyKind kind, float scale,
-                    const Queries& queries, int64_t query);
+float special_score(const RowKernels& rows, const void* key, int64_t columns, KeyKind kind,
+                    const KeyScales& scales, const Queries& queries, int64_t query);
 
 // Length in float64.
 double exact_norm(const float* row, int64_t columns);

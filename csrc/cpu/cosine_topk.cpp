@@ -53,8 +53,18 @@ std::tuple<Tensor, Tensor> cosine_topk(Tensor queries, Tensor keys, int64_t k,
   check_shape(keys, "keys", {num_keys, columns});
   STD_TORCH_CHECK(k >= 0 && k <= num_keys, "k (", k, ") must be at least 0 and at most the number of keys (",
                   num_keys, ")");
+  int64_t scale_groups = 1;
   if (key_scales.has_value()) {
-    check_shape(*key_scales, "key_scales", {num_keys});
+    scale_groups = key_scales->dim() == 2 ? key_scales->size(1) : 1;
+    STD_TORCH_CHECK(scale_groups == 1 || (scale_groups > 1 && columns % scale_groups == 0 &&
+                                          columns / scale_groups % kSpanAlign == 0),
+                    "key_scales must be [N] or [N, G] with groups of a multiple of ", kSpanAlign,
+                    " columns, not ", columns, " / ", scale_groups);
+    if (key_scales->dim() == 2) {
+      check_shape(*key_scales, "key_scales", {num_keys, scale_groups});
+    } else {
+      check_shape(*key_scales, "key_scales", {num_keys});
+    }
     check_type(*key_scales, "key_scales", ScalarType::Float);
   }
 
@@ -64,8 +74,11 @@ std::tuple<Tensor, Tensor> cosine_topk(Tensor queries, Tensor keys, int64_t k,
 
   const Rows rows(keys, key_storage, columns);
   const KeyBank bank{
-      rows, key_storage,
-      key_scales.has_value() ? static_cast<const float*>(key_scales->const_data_ptr()) : nullptr, num_keys,
+      rows,
+      key_storage,
+      key_scales.has_value() ? static_cast<const float*>(key_scales->const_data_ptr()) : nullptr,
+      scale_groups,
+      num_keys,
       columns};
   const Plan plan = choose_plan(query_storage, key_storage, num_queries);
   float* out_scores = static_cast<float*>(scores.mutable_data_ptr());

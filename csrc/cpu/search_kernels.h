@@ -41,6 +41,7 @@ struct KeySums {
 // digits are exact up to 65536 columns.
 constexpr int64_t kStreamSpan = 12288;
 constexpr int64_t kTileSpan = 3072;  // a multiple of what `tile` adds up at a time
+constexpr int64_t kSpanAlign = 64;  // the kernels read padding, or the next columns, up to a multiple of this
 
 // `count` keys `stride` bytes apart, read once and in order, with `num_rows` rows of n columns (and zeros up
 // to a multiple of 64): outs[r][j * kLanes] = the float32 or int32 dot of row r and key j, sums set.

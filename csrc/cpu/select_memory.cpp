@@ -111,10 +111,10 @@ std::tuple<Tensor, Tensor, Tensor> select_memory_forward(Tensor query, Tensor ke
           float squares[kTileKeys];
           all.rows.dots(tile, queries[b], all.columns, dots, squares);
           for (int64_t t = 0; t < used; ++t) {
-            const KeyFactor key = key_factor(all.rows, tile[t], all.columns, squares[t], 1.0f);
+            const KeyFactor key = key_factor(all.rows, tile[t], all.columns, squares[t], {});
             float result = dots[t] * key.factor * queries.inverse(b) + 0.0f;
             if (std::isnan(result)) {
-              result = special_score(all.rows, tile[t], all.columns, key.kind, 1.0f, queries, b);
+              result = special_score(all.rows, tile[t], all.columns, key.kind, {}, queries, b);
             }
             score[b * all.count + members[t]] = result;
           }

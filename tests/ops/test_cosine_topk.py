@@ -17,12 +17,11 @@ def pair(k):
 
 def assert_valid_topk(queries, keys, scores, indices, k, key_scales=None):
     """Scores belong to their indices, no index twice, and nothing left out that is better beyond rounding."""
-    exact = reference.cosine(
-        queries.double(),
-        (keys.double() if key_scales is None else keys.double() * key_scales.double()[:, None]).expand(
-            len(queries), *keys.shape
-        ),
-    )
+    wide = keys.double()
+    if key_scales is not None:
+        groups = key_scales.double().reshape(len(keys), -1, 1)
+        wide = (wide.reshape(*groups.shape[:2], -1) * groups).reshape(keys.shape)
+    exact = reference.cosine(queries.double(), wide.expand(len(queries), *keys.shape))
     rounding = 1e-6 if scores.dtype == torch.float32 else 1e-12
     assert scores.shape == indices.shape == (len(queries), k)
     assert indices.dtype == torch.int64
@@ -88,6 +87,33 @@ def test_quantised_keys(dtype, query_dtype):
     (ours,) = torch.autograd.grad(scores.square().sum(), queries)
     (theirs,) = torch.autograd.grad(exact.square().sum(), exact_queries)
     assert error(ours, theirs) <= 4 * torch.finfo(query_dtype).eps * max(theirs.abs().max(), 1e-3) + 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+@pytest.mark.parametrize("query_dtype", DTYPES)
+@pytest.mark.parametrize(("groups", "width"), [(3, 64), (2, 3136), (5, 7), (1, 130)])
+def test_a_scale_for_each_group_of_columns(dtype, query_dtype, groups, width, monkeypatch):
+    """As a store has one for each memory token; in sizes from next to nothing to far beyond float32 squares."""
+    values = torch.randint(-120, 120, (70, groups * width)).float().to(dtype)
+    values[3] = 0
+    scales = torch.exp(torch.randn(70, groups) * 3) * torch.randn(70, groups).sign()
+    scales[5:8] *= torch.tensor([[1e-30], [1e30], [0]])
+    scales[9, 0] = 0
+    values[10, :width], scales[10, 0] = 0, 1e25  # the largest scale is of columns that are all zero
+    queries = torch.randn(11, groups * width).to(query_dtype)
+    if "cosine_topk" in _library.native and width != 7:
+        monkeypatch.setitem(ops.cosine_topk.__globals__, "_forward_plain", None)
+    for part in (queries[:1], queries):
+        found = ops.cosine_topk(part, values, 70, key_scales=scales)
+        assert_valid_topk(part, values, *found, 70, scales)
+    scales[20, -1] = torch.nan
+    assert (ops.cosine_topk(queries, values, 70, key_scales=scales)[1][:, -1] == 20).all()
+
+
+def test_gradient_with_a_scale_for_each_group():
+    queries = torch.randn(3, 12, dtype=torch.float64, requires_grad=True)
+    keys, scales = torch.randint(-9, 9, (6, 12), dtype=torch.int8), torch.rand(6, 4) + 0.5
+    assert torch.autograd.gradcheck(lambda q: ops.cosine_topk(q, keys, 4, key_scales=scales)[0], [queries])
 
 
 def test_gradcheck():

@@ -17,6 +17,8 @@ _PANEL_ROWS = 64
 # What the CUDA kernel keeps on chip, and how many keys it can number.
 _CUDA_K = 1024
 _CUDA_KEYS = 2**32
+# Columns that share a scale in the CPU kernel: a multiple of these, or all of a row.
+_GROUP_COLUMNS = 64
 
 
 def _accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -43,19 +45,34 @@ def descending_topk(scores: Tensor, indices: Tensor, k: int) -> tuple[Tensor, Te
     return scores.gather(1, order), indices.gather(1, order)
 
 
-def _kernel(queries: Tensor, keys: Tensor, k: int) -> Callable | None:
+def _scaled(rows: Tensor, scales: Tensor | None) -> Tensor:
+    """``rows [..., R]`` times their scales ``[...]``, or ``[..., G]`` for G groups of columns."""
+    if scales is None:
+        return rows
+    scales = scales.to(rows.dtype)
+    if scales.dim() < rows.dim():
+        return rows * scales.unsqueeze(-1)
+    return (rows.unflatten(-1, (scales.shape[-1], -1)) * scales.unsqueeze(-1)).flatten(-2)
+
+
+def _kernel(queries: Tensor, keys: Tensor, k: int, key_scales: Tensor | None) -> Callable | None:
     # Queries and keys may differ in dtype: float32 queries over a bfloat16 store are the usual case.
     if k == 0 or not keys.numel() or not (keys.dtype in _QUANTISED or keys.dtype in _library.KERNEL_DTYPES):
         return None
+    if key_scales is not None and key_scales.dim() == 2 and key_scales.shape[1] > 1:
+        if queries.is_cuda or keys.shape[1] // key_scales.shape[1] % _GROUP_COLUMNS:
+            return None
     if not queries.is_cuda:
         return _library.native_kernel("cosine_topk", queries)
     return _library.cuda_kernel("cosine_topk", queries) if k <= _CUDA_K and keys.shape[0] < _CUDA_KEYS else None
 
 
 def _forward(queries: Tensor, keys: Tensor, k: int, key_scales: Tensor | None) -> tuple[Tensor, Tensor]:
-    kernel = _kernel(queries, keys, k)
+    kernel = _kernel(queries, keys, k, key_scales)
     if kernel is not None:
         scales = None if key_scales is None else key_scales.to(torch.float32).contiguous()
+        if scales is not None and scales.dim() == 2 and scales.shape[1] == 1:
+            scales = scales[:, 0]
         return kernel(queries.contiguous(), keys.contiguous(), k, scales)
     return _forward_plain(queries, keys, k, key_scales)
 
@@ -70,13 +87,14 @@ def _forward_plain(queries: Tensor, keys: Tensor, k: int, key_scales: Tensor | N
     best_indices = torch.empty((batch, 0), dtype=torch.int64, device=queries.device)
     step = max(_BLOCK_NUMBERS // max(keys.shape[1], 1), k, 1)
     for start in range(0, count, step):
-        block = keys[start : start + step].to(dtype)
-        if key_scales is not None:
-            block = block * key_scales[start : start + step].to(dtype).unsqueeze(1)
+        scales = None if key_scales is None else key_scales[start : start + step]
+        # Groups of columns may differ in size by more than float32 squares have room for.
+        wide = torch.float64 if scales is not None and scales.dim() == 2 else dtype
+        block = unit_rows(_scaled(keys[start : start + step].to(wide), scales)).to(dtype)
         rows = block.shape[0]
         # Whole panels of keys: in the remainder of a matrix product equal keys may round differently, which
         # breaks ties.
-        block = torch.nn.functional.pad(unit_rows(block), (0, 0, 0, -rows % _PANEL_ROWS))
+        block = torch.nn.functional.pad(block, (0, 0, 0, -rows % _PANEL_ROWS))
         scores = torch.cat((best, (unit @ block.T)[:, :rows]), 1)
         places = torch.arange(start, start + rows, device=keys.device).expand(batch, -1)
         best, best_indices = descending_topk(scores, torch.cat((best_indices, places), 1), min(k, scores.shape[1]))
@@ -89,9 +107,7 @@ def _backward(
     """The cosine's gradient over the k chosen keys; for quantised keys the second is empty."""
     dtype = grad_scores.dtype
     wide = queries.to(dtype)
-    chosen = keys[indices].to(dtype)
-    if key_scales is not None:
-        chosen = chosen * key_scales[indices].to(dtype).unsqueeze(-1)
+    chosen = _scaled(keys[indices].to(dtype), None if key_scales is None else key_scales[indices])
     q_norm, k_norm = wide.norm(dim=-1), chosen.norm(dim=-1)
     q_inverse = torch.where(q_norm == 0, 0, 1 / q_norm)
     k_inverse = torch.where(k_norm == 0, 0, 1 / k_norm)
@@ -150,6 +166,12 @@ _op = _library.define(
 )
 
 
+def _fits(scales: torch.Size, keys: torch.Size) -> bool:
+    if scales[:1] != keys[:1]:
+        return False
+    return len(scales) == 1 or (len(scales) == 2 and scales[1] > 0 and keys[1] % scales[1] == 0)
+
+
 def _check(queries: Tensor, keys: Tensor, k: int, key_scales: Tensor | None) -> None:
     _library.check_tensors("queries keys", queries, keys)
     q_shape, k_shape, dtype = queries.shape, keys.shape, keys.dtype
@@ -162,8 +184,11 @@ def _check(queries: Tensor, keys: Tensor, k: int, key_scales: Tensor | None) -> 
         if key_scales is not None:
             _library.check_tensors("queries key_scales", queries, key_scales)
             got = f"{key_scales.dtype} {list(key_scales.shape)}"
-        if key_scales is None or key_scales.shape != k_shape[:1] or not key_scales.is_floating_point():
-            raise ValueError(f"key_scales must be floating point [N] = {list(k_shape[:1])} for {dtype} keys, got {got}")
+        if not (key_scales is not None and key_scales.is_floating_point() and _fits(key_scales.shape, k_shape)):
+            raise ValueError(
+                f"key_scales must be floating point [N] = {list(k_shape[:1])} for {dtype} keys, or [N, G] where G "
+                f"divides R = {k_shape[1]}; got {got}"
+            )
     elif dtype not in _library.FLOAT_DTYPES:
         raise ValueError(f"keys must be floating point, int8 or float8_e4m3fn, got {dtype}")
     elif key_scales is not None:
@@ -186,7 +211,8 @@ def cosine_topk(queries: Tensor, keys: Tensor, k: int, *, key_scales: Tensor | N
         queries: ``[B, R]``.
         keys: ``[N, R]`` in float32, float64, bfloat16, float16, int8 or float8_e4m3fn.
         k: at most N.
-        key_scales: ``[N]``, one scale per row, required for int8 and float8 keys.
+        key_scales: ``[N]``, one scale per row, or ``[N, G]``, one for each of G groups of R / G columns (such as a
+            memory token); required for int8 and float8 keys.
 
     Returns:
         scores ``[B, k]`` float32 (float64 for float64), descending, and indices ``[B, k]`` int64.

@@ -69,7 +69,8 @@ def _order(scores: Tensor, valid: Tensor | None = None) -> Tensor:
 def cosine_topk(queries: Tensor, keys: Tensor, k: int, *, key_scales: Tensor | None = None) -> tuple[Tensor, Tensor]:
     wide = keys.to(queries.dtype)
     if key_scales is not None:
-        wide = wide * key_scales.to(queries.dtype).unsqueeze(1)
+        groups = key_scales.to(queries.dtype).reshape(len(keys), -1, 1)
+        wide = (wide.reshape(*groups.shape[:2], -1) * groups).reshape(keys.shape)
     scores = cosine(queries, wide.expand(queries.shape[0], *wide.shape))
     indices = _order(scores.detach())[:, :k]
     return scores.gather(1, indices), indices

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import re
 import resource
 import shutil
@@ -14,24 +15,28 @@ import sys
 from pathlib import Path
 
 import pytest
-from killing import fill
-from standin import names, texts
+from killing import fill, state_after
+from standin import StandIn, names, texts
 
 from clara_fast.store import MemoryStore, StoreDamagedError, StoreError, StoreLockedError
 
 
-def test_killed_before_every_step_of_writing(tmp_path, monkeypatch):
-    """3 steps create the store, and each of 3 shards takes 8: two files, their folder, the manifest."""
-    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
-    steps = 3 + 3 * 8
+def killed(what, folder, steps):
     script = Path(__file__).with_name("killing.py")
-    command = [sys.executable, script, tmp_path, str(steps + 1)]
+    command = [sys.executable, script, what, folder, *map(str, steps)]
     run = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert run.stdout.split() == [str(-signal.SIGKILL)] * steps + ["0"]
+    return [int(code) for code in run.stdout.split()]
+
+
+def test_killed_before_every_step_of_writing(tmp_path, monkeypatch):
+    """4 steps create the store, and each of 3 shards takes 8: two files, their folder, the manifest."""
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+    steps = 4 + 3 * 8
+    assert killed("fill", tmp_path, range(1, steps + 2)) == [-signal.SIGKILL] * steps + [0]
     for step in range(1, steps + 1):
         path = tmp_path / f"killed-{step}"
-        if step > 2:
-            acknowledged = max(0, step - 3) // 8 * 3
+        if step > 3:
+            acknowledged = max(0, step - 4) // 8 * 3
             store = MemoryStore.open(path)
             assert store.verify()["documents"] == len(store)
             assert acknowledged <= len(store) <= acknowledged + 3
@@ -42,6 +47,33 @@ def test_killed_before_every_step_of_writing(tmp_path, monkeypatch):
         assert list(whole.ids) == names(9)
         assert sorted(p.name for p in path.iterdir()) == ["manifest.json", "readers.lock", "shards", "writer.lock"]
         assert len(list((path / "shards").iterdir())) == 6
+
+
+STEPS_OF_LIFE = 128  # as many file operations as killing.changes() takes
+
+
+@pytest.mark.parametrize("moments", [5, pytest.param(50, marks=pytest.mark.slow)])
+def test_killed_at_random_moments_of_a_stores_life(tmp_path, monkeypatch, moments):
+    """Adding, updating, deleting, compacting: what was acknowledged is there, once, and what was begun is whole."""
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+    steps = sorted(random.sample(range(1, STEPS_OF_LIFE + 1), moments))
+    assert killed("live", tmp_path, [*steps, 10_000]) == [-signal.SIGKILL] * moments + [0], steps
+    for step in steps:
+        path, done = tmp_path / f"killed-{step}", tmp_path / f"killed-{step}.done"
+        acknowledged = done.stat().st_size
+        store = MemoryStore.open(path)
+        store.verify()
+        found = {document.id: document.text for document in store}
+        states = [list(state_after(acknowledged + more).items()) for more in (0, 1)]
+        assert list(found.items()) in states, (step, acknowledged)
+        assert list(store.ids) == list(found)
+        assert store.memory(range(len(store))).equal(StandIn().compress(list(found.values())).bfloat16()), step
+        with store:  # a writer goes on as if nothing had been
+            store.add(["after"], ["After."], StandIn().compress(["After."]))
+            store.compact()
+        assert list(MemoryStore.open(path).ids) == [*found, "after"]
+        assert len(list((path / "shards").iterdir())) == 2, "leftovers"
+    assert [(d.id, d.text) for d in MemoryStore.open(tmp_path / "killed-10000")] == list(state_after(9).items())
 
 
 @pytest.mark.parametrize(("call", "late", "kept"), [(1, False, 10), (3, False, 10), (3, True, 12)])

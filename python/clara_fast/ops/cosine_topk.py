@@ -59,9 +59,9 @@ def _kernel(queries: Tensor, keys: Tensor, k: int, key_scales: Tensor | None) ->
     # Queries and keys may differ in dtype: float32 queries over a bfloat16 store are the usual case.
     if k == 0 or not keys.numel() or not (keys.dtype in _QUANTISED or keys.dtype in _library.KERNEL_DTYPES):
         return None
-    if key_scales is not None and key_scales.dim() == 2 and key_scales.shape[1] > 1:
-        if queries.is_cuda or keys.shape[1] // key_scales.shape[1] % _GROUP_COLUMNS:
-            return None
+    groups = key_scales.shape[1] if key_scales is not None and key_scales.dim() == 2 else 1
+    if groups > 1 and (queries.is_cuda or keys.shape[1] // groups % _GROUP_COLUMNS):
+        return None
     if not queries.is_cuda:
         return _library.native_kernel("cosine_topk", queries)
     return _library.cuda_kernel("cosine_topk", queries) if k <= _CUDA_K and keys.shape[0] < _CUDA_KEYS else None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import re
 from collections.abc import Mapping
 from typing import Any, TypeAlias
 
@@ -11,7 +10,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from clara_fast.store.errors import listing
 from clara_fast.store.shard import Shard
 from clara_fast.store.snapshot import Snapshot
 
@@ -24,7 +22,7 @@ COMPARISONS = {
     "<=": lambda field, value: field <= value,
     "in": lambda field, value: field.isin(list(value)),
 }
-_UNKNOWN = re.compile(r"No match for FieldRef\.Name\((.*?)\) in ")
+_REFUSALS = (pa.ArrowInvalid, pa.ArrowNotImplementedError, pa.ArrowTypeError)
 
 Where: TypeAlias = "pc.Expression | Mapping[str, Any]"
 
@@ -70,65 +68,86 @@ def allowed(snapshot: Snapshot, where: Where) -> list[np.ndarray]:
         ValueError: a field that no document has, or a comparison that its values do not allow.
     """
     condition = expression(where)
-    text = str(condition)
-    masks, missing, known = [], None, set()
+    with_text = "text" in str(condition)
+    masks: list[np.ndarray | None] = []
+    schemas = []
     for shard in snapshot.shards:
-        table = _table(shard, with_text="text" in text)
-        known.update(table.column_names)
-        mask, unknown = _holds(table, condition)
-        masks.append(mask & shard.live_mask())
-        missing = unknown if missing is None else missing & unknown
-    if missing:
-        raise ValueError(f"where names {listing(sorted(missing))}, which no document has; fields: {sorted(known)}")
-    return masks
+        table = _table(shard, with_text=with_text)
+        schemas.append(table.schema)
+        try:
+            masks.append(_holds(table, condition))
+        except _REFUSALS:  # it may lack a field that other shards know
+            masks.append(None)
+    if any(mask is None for mask in masks):
+        schema = _joint(snapshot, schemas)
+        for number, shard in enumerate(snapshot.shards):
+            if masks[number] is None:
+                masks[number] = _holds_with(_table(shard, with_text=with_text, schema=schema), condition)
+    return [mask & shard.live_mask() for mask, shard in zip(masks, snapshot.shards, strict=True) if mask is not None]
 
 
-def _table(shard: Shard, *, with_text: bool) -> pa.Table:
-    """Id, title and the fields of the metadata, of all rows."""
+def _joint(snapshot: Snapshot, schemas: list[pa.Schema]) -> pa.Schema:
+    try:
+        return pa.unify_schemas(schemas, promote_options="permissive")
+    except _REFUSALS as error:
+        raise ValueError(
+            f"metadata of {snapshot.path} cannot be filtered: a field has values of several types ({_line(error)})"
+        ) from None
+
+
+def _holds_with(table: pa.Table, condition: pc.Expression) -> np.ndarray:
+    try:
+        return _holds(table, condition)
+    except _REFUSALS as error:
+        if str(error).startswith("No match for FieldRef"):
+            field = str(error).splitlines()[0].partition(" in ")[0].removeprefix("No match for ")
+            raise ValueError(
+                f"where names {field}, which no document has; fields: {sorted(table.column_names)}"
+            ) from None
+        raise ValueError(f"where ({condition}) does not apply: {_line(error)}") from None
+
+
+def _table(shard: Shard, *, with_text: bool, schema: pa.Schema | None = None) -> pa.Table:
+    """Id, title and the fields of the metadata, of all rows; of ``schema``, if one is given."""
     import pyarrow.json
 
-    columns = ["id", "title", "metadata", *(["text"] if with_text else [])]
-    stored = shard.table(columns)
+    columns = ["id", "title", *(["text"] if with_text else [])]
+    stored = shard.table([*columns, "metadata"])
     lines = stored.column("metadata").to_pylist()
     # A field of its own keeps rows whose metadata is empty.
     content = "\n".join('{"": 0' + (", " + line[1:] if len(line) > 2 else "}") for line in lines).encode()
-    options = pyarrow.json.ReadOptions(block_size=max(len(content), 1) + 1)
     try:
-        table = pyarrow.json.read_json(io.BytesIO(content), read_options=options)
-    except pa.ArrowInvalid as error:
+        table = pyarrow.json.read_json(
+            io.BytesIO(content),
+            read_options=pyarrow.json.ReadOptions(block_size=len(content) + 1),
+            parse_options=pyarrow.json.ParseOptions(explicit_schema=schema),
+        )
+    except _REFUSALS as error:
         raise ValueError(
             f"metadata of shard {shard.entry.name} in {shard.folder.parent} cannot be filtered: "
-            f"a field has values of several types ({str(error).splitlines()[0]})"
+            f"a field has values of several types ({_line(error)})"
         ) from None
+    table = table.drop_columns([name for name in ["", *columns] if name in table.column_names])
     for name in columns:
-        if name != "metadata":
-            place = table.schema.get_field_index(name)
-            table = table.remove_column(place) if place >= 0 else table
-            table = table.append_column(name, stored.column(name))
-    return table.drop_columns([""])
+        table = table.append_column(name, stored.column(name))
+    return table
 
 
-def _holds(table: pa.Table, condition: pc.Expression) -> tuple[np.ndarray, set[str]]:
-    """Where ``condition`` holds, and the fields that it names and the table lacks."""
+def _holds(table: pa.Table, condition: pc.Expression) -> np.ndarray:
+    """Where ``condition`` is true."""
     from pyarrow import acero
 
-    unknown: set[str] = set()
-    table = table.append_column("", pa.array(np.arange(len(table))))
-    while True:
-        try:
-            nodes = [
-                acero.Declaration("table_source", acero.TableSourceNodeOptions(table)),
-                acero.Declaration("filter", acero.FilterNodeOptions(condition)),
-                acero.Declaration("project", acero.ProjectNodeOptions([pc.field("")], ["row"])),
-            ]
-            kept = acero.Declaration.from_sequence(nodes).to_table().column("row").to_numpy()
-        except (pa.ArrowInvalid, pa.ArrowNotImplementedError, pa.ArrowTypeError) as error:
-            match = _UNKNOWN.search(str(error))
-            if match is None or match[1] in unknown:
-                raise ValueError(f"where ({condition}) does not apply: {str(error).splitlines()[0]}") from None
-            unknown.add(match[1])
-            table = table.append_column(match[1], pa.nulls(len(table)))
-            continue
-        mask = np.zeros(len(table), dtype=bool)
-        mask[kept] = True
-        return mask, unknown
+    nodes = [
+        acero.Declaration(
+            "table_source", acero.TableSourceNodeOptions(table.append_column("", pa.array(np.arange(len(table)))))
+        ),
+        acero.Declaration("filter", acero.FilterNodeOptions(condition)),
+        acero.Declaration("project", acero.ProjectNodeOptions([pc.field("")], ["row"])),
+    ]
+    mask = np.zeros(len(table), dtype=bool)
+    mask[acero.Declaration.from_sequence(nodes).to_table().column("row").to_numpy()] = True
+    return mask
+
+
+def _line(error: Exception) -> str:
+    return str(error).splitlines()[0]

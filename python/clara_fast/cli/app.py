@@ -11,7 +11,20 @@ from typing import Annotated
 
 import typer
 
-from clara_fast.cli import ask, bench, compress, demo, evaluate, explain, info, inspect, search, synthesize, train
+from clara_fast.cli import (
+    ask,
+    bench,
+    compress,
+    convert,
+    demo,
+    evaluate,
+    explain,
+    info,
+    inspect,
+    search,
+    synthesize,
+    train,
+)
 from clara_fast.cli.output import error_line, show_warning
 
 RUNTIME_ERROR, BAD_INPUT, INTERRUPTED = 1, 2, 130
@@ -29,6 +42,8 @@ app = typer.Typer(
 for module in (demo, compress, search, ask, explain, inspect, info, bench, synthesize):
     app.command()(getattr(module, module.__name__.rpartition(".")[2]))
 app.command("eval")(evaluate.evaluate)
+for command in (convert.convert, convert.compact, convert.delete):
+    app.command()(command)
 app.add_typer(train.app, name="train")
 
 

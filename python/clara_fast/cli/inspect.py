@@ -22,14 +22,17 @@ def inspect(
         bool, typer.Option("--verify", help="Read every file of a store and check its checksum.")
     ] = False,
     repair: Annotated[bool, typer.Option("--repair", help="Verify, and drop a store's damaged shards.")] = False,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw norms and cosines of a store's memories here (.png, .svg or .pdf).")
+    ] = None,
     json: JsonOption = False,
 ) -> None:
     """Show what a store or a model holds, without loading a model."""
     if (path / "manifest.json").exists():
-        facts = _store(path, verify, repair)
+        facts = _store(path, verify, repair, plot)
     elif (path / "config.json").is_file():
-        if verify or repair:
-            raise ValueError("--verify and --repair are for stores; this is a model")
+        if verify or repair or plot is not None:
+            raise ValueError("--verify, --repair and --plot are for stores; this is a model")
         facts = _model(path)
     elif path.exists():
         raise ValueError(f"{path} is neither a store (no manifest.json) nor a model (no config.json)")
@@ -41,9 +44,12 @@ def inspect(
         _print(facts)
 
 
-def _store(path: Path, verify: bool, repair: bool) -> dict[str, Any]:
+def _store(path: Path, verify: bool, repair: bool, plot: Path | None) -> dict[str, Any]:
+    from clara_fast.cli import store_plot
     from clara_fast.store import MemoryStore
 
+    if plot is not None:
+        store_plot.require_plot(plot)
     with MemoryStore.open(path) as store:
         facts: dict[str, Any] = {"kind": "store"}
         if repair:
@@ -56,6 +62,13 @@ def _store(path: Path, verify: bool, repair: bool) -> dict[str, Any]:
             {"row": document.row, "id": document.id, "title": document.title, "text": snippet(document.text)}
             for document in islice(store, _SAMPLES)
         ]
+        if plot is not None:
+            if not len(store):
+                raise ValueError(f"{path} holds no document to draw")
+            measured = store_plot.measure(store)
+            store_plot.draw(store, measured, plot)
+            facts |= store_plot.summary(measured)
+            note(f"norms and cosines drawn to {plot}")
         return {**facts, **store.stats(), "first_documents": samples}
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json as json_format
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -30,6 +31,11 @@ def search(
         int | None,
         typer.Option("-k", help=f"Documents for each query. Default: {DEFAULT_K}, or all if there are fewer."),
     ] = None,
+    where: Annotated[
+        str | None,
+        typer.Option(help='Only documents of which this holds: \'{"lang": ["en", "de"], "year": {">=": 1990}}\'.'),
+    ] = None,
+    pooled: Annotated[bool, typer.Option("--pooled", help="Compare the means over the memory tokens.")] = False,
     model: ModelOption = None,
     subfolder: SubfolderOption = None,
     base_model: BaseModelOption = None,
@@ -42,6 +48,7 @@ def search(
 
     if not all(query.strip() for query in queries):
         raise ValueError("a query is empty")
+    condition = _condition(where)
     store = MemoryStore.open(path)
     clara, load_seconds = ModelChoice.of(model, subfolder, base_model, device, dtype).or_of(store).load()
     store.check_model(clara)
@@ -49,7 +56,7 @@ def search(
     started = time.perf_counter()
     memories = clara.encode_queries(queries)
     encoded = time.perf_counter()
-    found = store.search(memories, k)
+    found = store.search(memories, k, where=condition, keys="pooled" if pooled else "memory")
     timings = {"load": load_seconds, "query": encoded - started, "search": time.perf_counter() - encoded}
     if json:
         results = [{"query": q, "hits": [asdict(hit) for hit in hits]} for q, hits in zip(queries, found, strict=True)]
@@ -61,3 +68,15 @@ def search(
             print_hit(rank, hit)
         print()
     print(f"{len(store)} documents; {seconds(timings)}")
+
+
+def _condition(where: str | None) -> dict[str, Any] | None:
+    if where is None:
+        return None
+    try:
+        condition = json_format.loads(where)
+    except ValueError as error:
+        raise ValueError(f"--where ({where}) is not JSON: {error}") from None
+    if not isinstance(condition, dict):
+        raise ValueError(f"--where ({where}) must be a JSON object")
+    return condition

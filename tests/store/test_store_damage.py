@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from harm import flip, remove, scramble, truncate
 from killing import fill, state_after
 from standin import StandIn, names, texts
 
@@ -147,24 +148,6 @@ def test_two_stores_in_one_process_are_two_writers(tmp_path, model):
 
 
 # Damage.
-
-
-def flip(file: Path) -> None:
-    content = bytearray(file.read_bytes())
-    content[len(content) // 2] ^= 1
-    file.write_bytes(content)
-
-
-def truncate(file: Path) -> None:
-    os.truncate(file, file.stat().st_size // 2)
-
-
-def remove(file: Path) -> None:
-    file.unlink()
-
-
-def scramble(file: Path) -> None:
-    file.write_bytes(os.urandom(file.stat().st_size))
 
 
 @pytest.mark.parametrize("suffix", ["safetensors", "parquet"])

@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from harm import flip, remove, truncate
 from safetensors.torch import load_file, save_file
 from standin import StandIn, names, texts
 from test_memory_store import brute_force
@@ -278,13 +279,11 @@ def test_import_of_files_by_others(filled, model, tmp_path):
 # Damage to what deletions add
 
 
-@pytest.mark.parametrize("harm", ["flip", "truncate", "remove"])
+@pytest.mark.parametrize("harm", [flip, truncate, remove])
 def test_a_damaged_list_of_deleted_rows_harms_its_shard_alone(filled, harm):
-    from test_store_damage import flip, remove, truncate
-
     with filled:
         filled.delete(["doc-5"])
-    {"flip": flip, "truncate": truncate, "remove": remove}[harm](filled.path / "shards" / "00001.deleted-1.safetensors")
+    harm(filled.path / "shards" / "00001.deleted-1.safetensors")
     store = MemoryStore.open(filled.path)
     with pytest.raises(StoreDamagedError, match=r"00001.deleted-1.safetensors is damaged"):
         store.verify()

@@ -4,8 +4,9 @@ The head is frozen in every stage, so the gradient of the states needs no more t
 along with the loss, in forward, and backward only scales it. That costs what the plain computation costs, and neither
 ``[n, V]`` logits nor their float32 copies are kept.
 
-(torch 2.13 has ``linear_cross_entropy`` with the same plan. It is left out: on CPUs it takes two to twenty times as
-long, and it returns a bfloat16 loss for bfloat16 states. ``benchmarks/answer_loss.py`` measures both.)
+(torch 2.13 has ``linear_cross_entropy`` with the same plan. It is left out: its chunks are smaller still, and on CPUs
+it takes two to twenty times as long; and for bfloat16 states it returns a bfloat16 loss. ``clara-fast bench --only
+answer_loss`` shows both.)
 """
 
 from __future__ import annotations

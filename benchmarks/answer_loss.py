@@ -38,13 +38,15 @@ Loss = Callable[[Tensor, Tensor, nn.Linear], Tensor]
 
 def cases(options: Options) -> Iterator[Case]:
     vocabulary, hidden = (300, 32) if options.quick else (49152, 576)
+    sizes = (8,) if options.quick else (64, 512)
     for dtype in options.dtypes(torch.float32, torch.bfloat16):
-        for tokens in (8,) if options.quick else (64, 512, 4096):
+        for tokens in sizes:
             shape = (tokens, hidden, vocabulary)
-            name = f"{dtype_name(dtype)}, {tokens} answer tokens, {vocabulary} x {hidden}"
-            yield Case(WORK, name, partial(contest, options, shape, dtype))
-            if not options.quick or dtype == torch.float32:  # a process for each contestant takes its time
-                yield MemoryCase(WORK, f"{name}, memory", partial(contest, options, shape, dtype), shape, dtype)
+            yield Case(WORK, f"{dtype_name(dtype)}, {tokens} tokens", partial(contest, options, shape, dtype))
+    for dtype in options.dtypes(torch.float32):
+        shape = (8 if options.quick else 4096, hidden, vocabulary)
+        what = partial(contest, options, shape, dtype)
+        yield MemoryCase(WORK, f"{dtype_name(dtype)}, {shape[0]} tokens, memory", what, shape, dtype)
 
 
 def all_logits(hidden: Tensor, labels: Tensor, head: nn.Linear) -> Tensor:

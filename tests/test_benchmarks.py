@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from clara_fast.benchmarks import (
+    answer_loss,
     compressed_context_attention,
     end_to_end,
     harness,
@@ -69,6 +70,7 @@ def check_document(document: dict) -> dict[str, dict]:
         ("branches float32", {"SDPA, context repeated", "clara_fast, context repeated", "plain matmuls"}),
         ("decode", {"SDPA, each", "SDPA, mask", "plain matmuls"}),
         ("cosine_topk: 500", {"torch float32", "torch bfloat16"}),
+        ("answer_loss: tokens", {answer_loss.ALL_LOGITS}),
         ("call overhead: o", {"op", "raw kernel call"}),
     ],
 )

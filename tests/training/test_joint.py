@@ -12,7 +12,7 @@ from clara_fast.store import StoreMismatchError
 from clara_fast.training import JointTrainingArguments
 from clara_fast.training.candidates import index_candidates, with_positives
 from tests.modeling.tiny import DOCUMENTS, make_base
-from tests.training.reading import make_memories, make_questions, make_reader
+from tests.training.reading import VALUES, make_memories, make_questions, make_reader, token_of
 from tests.training.test_scp import StopAfter, losses_of
 
 # Longest first, as compress() packs them: one pack has them in the order of another.
@@ -104,6 +104,8 @@ def test_only_the_answer_teaches_retrieval(tmp_path, gradient, monkeypatch):
         select = ops.select_memory
         monkeypatch.setattr(ops, "select_memory", lambda query, *a, **k: select(query.detach(), *a, **k))
     model = make_reader(tmp_path / "base")
+    # It knows no end: a value is all that there is to say.
+    model.lm.generation_config.eos_token_id = [token_of(model.tokenizer, value) for value in VALUES]
     store = make_memories(tmp_path / "store", model)
     settings = arguments(
         tmp_path / "out",

@@ -4,8 +4,9 @@ The head is frozen in every stage, so the gradient of the states needs no more t
 along with the loss, in forward, and backward only scales it. That costs what the plain computation costs, and neither
 ``[n, V]`` logits nor their float32 copies are kept.
 
-(torch 2.13 has ``linear_cross_entropy`` with the same plan. It is left out: on CPUs it takes two to twenty times as
-long, and it returns a bfloat16 loss for bfloat16 states. ``benchmarks/answer_loss.py`` measures both.)
+(torch 2.13 has ``linear_cross_entropy`` with the same plan. It is left out: its chunks are smaller still, and on CPUs
+it takes two to twenty times as long; and for bfloat16 states it returns a bfloat16 loss. ``clara-fast bench --only
+answer_loss`` shows both.)
 """
 
 from __future__ import annotations
@@ -19,7 +20,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.distributed.tensor import DTensor
 
 # Logits that are held at once: small enough for a CPU's cache, large enough to keep a GPU busy.
 CPU_CHUNK, DEVICE_CHUNK = 1 << 22, 1 << 26
@@ -40,7 +40,8 @@ def answer_cross_entropy(hidden: Tensor, labels: Tensor, head: nn.Module) -> Ten
     Returns:
         Scalar, float32 (float64 for float64 states).
     """
-    if torch.compiler.is_compiling() or any(p.requires_grad or isinstance(p, DTensor) for p in head.parameters()):
+    # A DTensor has a full_tensor: processes with different answers would gather the head at different times.
+    if torch.compiler.is_compiling() or any(p.requires_grad or hasattr(p, "full_tensor") for p in head.parameters()):
         return _dense(head, hidden, labels)
     if hidden.is_cuda and _liger_reads(hidden, head):
         return liger_cross_entropy(hidden, labels, cast(nn.Linear, head))

@@ -53,7 +53,10 @@ def test_compress_reports_documents_that_are_too_long(run, tmp_path, model, corp
     code, result, err = run("compress", corpus, "-m", model, "-o", tmp_path / "s", "--limit", 3, "--json")
     assert code == 0
     assert result["added"] == result["truncated"] == 3
-    assert err == "warning: 3 of 3 documents are longer than 64 tokens; only their beginnings were compressed\n"
+    assert err == (
+        "warning: 3 of 3 documents are longer than 64 tokens; only their beginnings were compressed "
+        "(--chunk 64 keeps all of them)\n"
+    )
 
 
 def test_compress_takes_a_folder(run, tmp_path, model):

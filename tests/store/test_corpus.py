@@ -131,7 +131,7 @@ def test_folder(tmp_path):
 def test_what_is_not_a_corpus(tmp_path):
     with pytest.raises(FileNotFoundError, match="does not exist"):
         Corpus.open(tmp_path / "nothing.jsonl")
-    with pytest.raises(CorpusError, match=r"holds no .txt or .md file"):
+    with pytest.raises(CorpusError, match=r"holds no .txt, .md, .jsonl or .parquet file"):
         Corpus.open(tmp_path)
     (tmp_path / "c.csv").write_text("a,b")
     with pytest.raises(CorpusError, match=r"must be a .jsonl"):

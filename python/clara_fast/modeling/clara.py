@@ -335,6 +335,10 @@ class Clara(nn.Module):
         ids, _ = self.text.documents(documents, max_length=2**62)
         return [len(row) - 3 for row in ids]
 
+    def token_spans(self, text: str) -> list[tuple[int, int]]:
+        """The range of characters of each token of a document: where it can be cut."""
+        return self.text.spans(text)
+
     def _encode_texts(
         self, texts: Sequence[str], role: Role, max_tokens: int, progress: Callable[[int], None] | None
     ) -> Tensor:

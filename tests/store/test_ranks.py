@@ -1,0 +1,82 @@
+"""Several processes on one store: what they write together, and what they find."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from standin import StandIn
+from test_ingest import write
+
+from clara_fast.store import MemoryStore, compress_corpus
+
+
+def run(task: str, folder: Path, size: int, **environment: str) -> list[int]:
+    command = [sys.executable, str(Path(__file__).with_name("ranks.py")), task, str(folder), str(size)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env={**os.environ, **environment})
+    assert done.stdout, done.stderr
+    return [int(status) for status in done.stdout.split()]
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    """150 documents: short and long ones, and every tenth a repetition of an earlier one."""
+    rows = []
+    for i in range(150):
+        said = i - 7 if i % 10 == 9 else i
+        text = f"Text {said} is said. " + " ".join(f"Sentence {said} {j} has words." for j in range(said % 12))
+        rows.append({"id": f"d{i}", "text": text})
+    return write(tmp_path / "corpus.jsonl", rows)
+
+
+@pytest.fixture
+def alone(tmp_path, corpus):
+    """What one process makes of the corpus."""
+    model = StandIn()
+    with MemoryStore.create(tmp_path / "alone", model) as store:
+        report = compress_corpus(store, model, corpus, batch_tokens=64, shard_documents=8, chunk=16, overlap=4)
+    assert (report.added, report.duplicates) == (135, 15)
+    assert report.chunks > 300
+    return store
+
+
+def assert_same(store: MemoryStore, other: MemoryStore) -> None:
+    store.verify()
+    assert list(store) == list(other)
+    rows = range(len(store))
+    assert store.memory(rows).equal(other.memory(rows))
+    assert not (store.path / "parts").exists()
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_several_processes_write_what_one_writes(tmp_path, corpus, alone, size):
+    assert run("compress", tmp_path, size) == [0] * size
+    assert_same(MemoryStore.open(tmp_path / "store"), alone)
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report == {"added": 135, "chunks": len(alone), "skipped": 0, "duplicates": 15, "truncated": 0}
+    assert run("compress", tmp_path, size) == [0] * size
+    assert json.loads((tmp_path / "report.json").read_text())["skipped"] == 135
+
+
+@pytest.mark.parametrize("then", [1, 3])
+def test_another_number_of_processes_goes_on_after_a_kill(tmp_path, corpus, alone, then):
+    """One process's work first, then two of which one dies while writing, then one or three to the end."""
+    model = StandIn()
+    with MemoryStore.create(tmp_path / "store", model) as store:
+        compress_corpus(store, model, corpus.__class__.open(corpus.path, limit=20), chunk=16, overlap=4)
+        before = len(store)
+    assert -9 in run("killed", tmp_path, 2, KILL_AFTER="3")
+    store = MemoryStore.open(tmp_path / "store", model)
+    assert len(store) == before
+    parts = {path.name for path in (store.path / "parts").iterdir()}
+    assert len(parts) > 3  # and one of them is not whole
+    if then > 1:
+        assert run("compress", tmp_path, then) == [0] * then
+    else:
+        with store:
+            compress_corpus(store, model, corpus, batch_tokens=64, shard_documents=8, chunk=16, overlap=4)
+    assert_same(MemoryStore.open(tmp_path / "store"), alone)

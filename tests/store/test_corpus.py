@@ -169,3 +169,88 @@ def test_lists_of_documents(tmp_path):
     file.write_text(json.dumps({"docs": ["Ann came."]}) + "\n" + json.dumps({"docs": "Bob left."}))
     with pytest.raises(CorpusError, match="line 2: field 'docs' must be a list of documents, as on the first line"):
         list(Corpus.open(file, text_field="docs"))
+
+
+def test_a_folder_of_data_files(tmp_path):
+    write_lines(tmp_path / "b.jsonl", [{"text": "B one."}, {"id": "own", "text": "B two."}])
+    (tmp_path / "a").mkdir()
+    pq.write_table(pa.table({"text": ["A one.", "A two."]}), tmp_path / "a" / "x.parquet")
+    (tmp_path / "README.md").write_text("About this data.")
+    corpus = Corpus.open(tmp_path)
+    assert [(r.id, r.text) for r in corpus] == [
+        ("a/x.parquet:1", "A one."),
+        ("a/x.parquet:2", "A two."),
+        ("b.jsonl:1", "B one."),
+        ("own", "B two."),
+    ]
+    assert corpus.count() == 4
+    (tmp_path / "notes.md").write_text("A document?")
+    with pytest.raises(CorpusError, match=r"holds data files .* and text files .'notes.md'.*folders of their own"):
+        Corpus.open(tmp_path)
+    (tmp_path / "notes.md").unlink()
+    (tmp_path / "c.parquet").write_bytes((tmp_path / "a" / "x.parquet").read_bytes()[:-9])
+    with pytest.raises(CorpusError, match=r"c.parquet is damaged or of another format"):
+        list(Corpus.open(tmp_path))
+
+
+def test_bad_rows_can_be_left_out(tmp_path):
+    lines = [LINES[0], b"{", b"[1]", {"text": " "}, {"text": "half \ud800"}, {"id": 1.5, "text": "x"}, LINES[1]]
+    errors = []
+    corpus = Corpus.open(write_lines(tmp_path / "c.jsonl", lines), on_bad=lambda error: errors.append(str(error)))
+    assert [r.id for r in corpus] == ["a", "7"]
+    assert [error.split("line ")[1][0] for error in errors] == ["2", "3", "4", "5", "6"]
+    assert "line 5: the text holds half of a surrogate pair" in errors[3]
+    errors.clear()
+    (tmp_path / "f").mkdir()
+    (tmp_path / "f" / "a.txt").write_bytes(b"\xff\xfe\xfa")
+    (tmp_path / "f" / "b.txt").write_text("Text.")
+    assert [r.id for r in Corpus.open(tmp_path / "f", on_bad=lambda error: errors.append(str(error)))] == ["b.txt"]
+    assert "a.txt is not UTF-8" in errors[0]
+
+
+def test_rows_at_hand():
+    rows = [{"text": "One.", "n": 1}, {"text": "Two."}, "no"]
+    corpus = Corpus.of_rows(rows, name="mine")
+    assert corpus.count() == 3
+    reader = iter(corpus)
+    assert [(r.id, r.text, r.metadata) for r in (next(reader), next(reader))] == [
+        ("1", "One.", {"n": 1}),
+        ("2", "Two.", {}),
+    ]
+    with pytest.raises(CorpusError, match="mine, row 3 must be a mapping of fields, not str"):
+        next(reader)
+
+
+def test_data_sets(tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets", reason="needs the extra 'datasets'")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
+    columns = {"body": [f"Text {i}." for i in range(5)], "day": [None] * 5}
+    made = datasets.Dataset.from_dict(columns)
+    (tmp_path / "set").mkdir()
+    made.to_parquet(str(tmp_path / "set" / "train-00000-of-00001.parquet"))
+    made.select(range(2)).to_parquet(str(tmp_path / "set" / "test-00000-of-00001.parquet"))
+    made.save_to_disk(str(tmp_path / "saved"))
+    for corpus in (
+        Corpus.open(tmp_path / "set", split="train", text_field="body"),
+        Corpus.open(tmp_path / "saved", text_field="body"),
+        Corpus.of_rows(made, text_field="body"),
+    ):
+        assert [(r.id, r.text, r.metadata) for r in corpus] == [
+            (f"{i + 1}", f"Text {i}.", {"day": None}) for i in range(5)
+        ]
+        assert list(corpus) == list(corpus)
+        assert corpus.count() in (None, 5)
+    assert [r.text for r in Corpus.open(tmp_path / "set", split="test", text_field="body")] == ["Text 0.", "Text 1."]
+    with pytest.raises(CorpusError, match=r"set, row 1: no field 'text' .*there are: 'body', 'day'"):
+        next(iter(Corpus.open(tmp_path / "set", split="train")))
+    with pytest.raises(CorpusError, match=r"cannot read data set .*set: .*nothing"):
+        Corpus.open(tmp_path / "set", split="nothing")
+    (tmp_path / "c.jsonl").write_text("{}")
+    with pytest.raises(ValueError, match="split and subset are for data sets"):
+        Corpus.open(tmp_path / "c.jsonl", split="train")
+
+
+def test_the_hub_needs_a_package(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "datasets", None)
+    with pytest.raises(ImportError, match=r"pip install clara-fast\[datasets\]"):
+        Corpus.open("hf://datasets/owner/name", split="train")

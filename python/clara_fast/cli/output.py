@@ -81,12 +81,12 @@ def size(count: float) -> str:
     return f"{count:.1f} TB"
 
 
-def document_progress() -> Progress:
+def document_progress(visible: bool = True) -> Progress:
     """:func:`item_progress` of documents."""
-    return item_progress("docs")
+    return item_progress("docs", visible)
 
 
-def item_progress(unit: str) -> Progress:
+def item_progress(unit: str, visible: bool = True) -> Progress:
     """A bar on stderr: how many, how fast, how long still. Silent where stderr is no terminal."""
     return Progress(
         TextColumn("{task.description}"),
@@ -95,7 +95,7 @@ def item_progress(unit: str) -> Progress:
         _PerSecond(unit),
         TimeRemainingColumn(),
         console=stderr,
-        disable=not sys.stderr.isatty(),
+        disable=not (visible and sys.stderr.isatty()),
     )
 
 

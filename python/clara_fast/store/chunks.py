@@ -118,9 +118,9 @@ def cut(text: str, spans: Sequence[tuple[int, int]], size: int, overlap: int) ->
 
 
 def _last(places: list[int], low: int, high: int) -> int | None:
-    """The last place in ``(low, high]``."""
+    """The last place in ``[low, high]``."""
     i = bisect_right(places, high) - 1
-    return places[i] if i >= 0 and places[i] > low else None
+    return places[i] if i >= 0 and places[i] >= low else None
 
 
 def _first(places: list[int], low: int, high: int) -> int | None:

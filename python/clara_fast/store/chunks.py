@@ -148,10 +148,12 @@ def parent_text(store: MemoryStore, document: Document | Hit) -> str:
     if parent_of(document) is None:
         return document.text
     names = [f"{document.metadata[PARENT]}#{i}" for i in range(int(document.metadata["chunks"]))]
-    if missing := [name for name in names if name not in store.ids]:
-        raise StoreError(f"{store.path} lacks chunk {missing[0]!r} of document {document.metadata[PARENT]!r}")
+    rows = store.ids.rows_of(names).tolist()
+    if -1 in rows:
+        name = names[rows.index(-1)]
+        raise StoreError(f"{store.path} lacks chunk {name!r} of document {document.metadata[PARENT]!r}")
     text = ""
-    for chunk in store.documents([store.ids[name] for name in names]):
+    for chunk in store.documents(rows):
         start, _ = chunk.metadata["span"]
         text = text[:start].ljust(start) + chunk.text  # what lies between two chunks is white space
     return text

@@ -10,19 +10,20 @@ stroke and then removes the parts; stopped at any moment, it is done again from 
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from clara_fast.store.files import FileFacts, sync_folder
-from clara_fast.store.manifest import ShardEntry
+from clara_fast.store.files import sync_folder
+from clara_fast.store.manifest import SHARD_FOLDER, Manifest, ShardEntry
 from clara_fast.store.memory_store import MemoryStore, Writer
+from clara_fast.store.snapshot import Snapshot
 
 PART_FOLDER = "parts"
 _PART = re.compile(r"\d{12,}(\.\d+)?")
@@ -39,10 +40,11 @@ class Parts:
     def __bool__(self) -> bool:
         return bool(self._folders())
 
-    def open(self) -> list[MemoryStore]:
-        """The parts that hold something, in the corpus's order."""
-        stores = [MemoryStore.open(path, self.model) for path in self._folders() if MemoryStore.exists(path)]
-        return [part for part in stores if len(part)]
+    def open(self) -> Iterator[MemoryStore]:
+        """The parts that hold something, in the corpus's order; to be used one after the other."""
+        for path in self._folders():
+            if MemoryStore.exists(path) and len(part := MemoryStore.open(path, self.model)):
+                yield part
 
     def write(self, position: int, ids: Sequence[str], documents: Sequence[Mapping[str, Any]], memory: Tensor) -> None:
         """Write a part that begins with the corpus's document ``position``; when this returns, it is on disk."""
@@ -51,44 +53,48 @@ class Parts:
         while path.exists():  # left by a process that was killed, or for a corpus that has changed since
             number += 1
             path = self.folder / f"{position:012d}.{number}"
-        with MemoryStore.create(path, self.model, dtype=str(self.store.stats()["dtype"])) as part:
+        facts = self.store.stats()
+        with MemoryStore.create(path, self.model, dtype=facts["dtype"], pooled_keys=facts["pooled_keys"]) as part:
             part.add(ids, documents, memory)
         sync_folder(self.folder)
 
     def join(self) -> None:
-        """Move every part into the store, whose writer's lock is held; in the corpus's order, at one stroke."""
-        self.store.lock()
-        have = {entry.memory.sha256: entry.documents.sha256 for entry in self.store._manifest.shards}
-        manifest = self.store._manifest
-        for part in self.open():
-            for entry in part._manifest.shards:
-                if have.get(entry.memory.sha256) != entry.documents.sha256:
-                    manifest = manifest.with_shard(self._link(part._shard_folder, entry, manifest.next_shard))
-        if manifest is not self.store._manifest:
-            sync_folder(self.store._shard_folder)
-            manifest.write(self.store.path)
-            self.store._ids = None
-            self.store._adopt(manifest)
+        """Move every part into the store, in the corpus's order and at one stroke."""
+        self.store._commit(self._linked)
         for path in self._folders():
             shutil.rmtree(path)
         if self.folder.is_dir() and not any(self.folder.iterdir()):
             self.folder.rmdir()
 
-    def _link(self, folder: Path, entry: ShardEntry, number: int) -> ShardEntry:
-        renamed = {}
-        for field in dataclasses.fields(entry):
-            facts = getattr(entry, field.name)
-            if isinstance(facts, FileFacts):
-                name = f"{number:05d}{Path(facts.file).suffix}"
-                _link_or_copy(folder / facts.file, self.store._shard_folder / name)
-                renamed[field.name] = dataclasses.replace(facts, file=name)
-        return dataclasses.replace(entry, **renamed)  # type: ignore[arg-type]
+    def _linked(self, snapshot: Snapshot) -> Manifest | None:
+        """Link the parts' files into the store's folder; the manifest with them."""
+        manifest = snapshot.manifest
+        # A process may have died between joining and removing the parts.
+        have = {(entry.memory.sha256, entry.documents.sha256) for entry in manifest.shards}
+        for part in self.open():
+            for shard in part._snapshot.shards:
+                if (shard.entry.memory.sha256, shard.entry.documents.sha256) not in have:
+                    entry = _link(shard.folder, shard.entry, self.store.path / SHARD_FOLDER, manifest.shard_name())
+                    manifest = manifest.with_shards((*manifest.shards, entry), new=1)
+        if manifest is snapshot.manifest:
+            return None
+        sync_folder(self.store.path / SHARD_FOLDER)
+        return manifest
 
     def _folders(self) -> list[Path]:
         if not self.folder.is_dir():
             return []
         found = [path for path in self.folder.iterdir() if _PART.fullmatch(path.name) and path.is_dir()]
         return sorted(found, key=lambda path: tuple(map(int, path.name.split("."))))
+
+
+def _link(folder: Path, entry: ShardEntry, target: Path, name: str) -> ShardEntry:
+    """Give a shard's files a second place, where they are called ``name``."""
+    facts = []
+    for file in (entry.memory, entry.documents):
+        facts.append(replace(file, file=name + Path(file.file).suffix))
+        _link_or_copy(folder / file.file, target / facts[-1].file)
+    return replace(entry, memory=facts[0], documents=facts[1])
 
 
 def _link_or_copy(source: Path, target: Path) -> None:

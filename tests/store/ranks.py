@@ -14,6 +14,7 @@ import traceback
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from standin import StandIn
 
 from clara_fast.store import Corpus, MemoryStore, compress_corpus
@@ -42,6 +43,20 @@ def compress(folder: Path, ranks: Ranks, kill_after: int = 0) -> None:
 
 def killed(folder: Path, ranks: Ranks) -> None:
     compress(folder, ranks, kill_after=int(os.environ["KILL_AFTER"]))
+
+
+def search(folder: Path, ranks: Ranks) -> None:
+    """Search ``store`` together, with ties and with a filter; every process writes what it gets."""
+    store = MemoryStore.open(folder / "store")
+    queries = torch.load(folder / "queries.pt")
+    found = [
+        store.topk(queries, k, where=where, group=dist.group.WORLD)
+        for k in (1, 9, len(store))
+        for where in (None, {"even": True}, {"even": None})
+    ]
+    torch.save(found, folder / f"found-{ranks.rank}.pt")
+    hits = store.search(queries[:2], 3, group=dist.group.WORLD)
+    (folder / f"hits-{ranks.rank}.json").write_text(json.dumps([[hit.id for hit in row] for row in hits]))
 
 
 def die_at(part: int) -> None:

@@ -9,7 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from standin import StandIn
+import torch
+from standin import StandIn, names, texts
 from test_ingest import write
 
 from clara_fast.store import MemoryStore, compress_corpus
@@ -80,3 +81,31 @@ def test_another_number_of_processes_goes_on_after_a_kill(tmp_path, corpus, alon
         with store:
             compress_corpus(store, model, corpus, batch_tokens=64, shard_documents=8, chunk=16, overlap=4)
     assert_same(MemoryStore.open(tmp_path / "store"), alone)
+
+
+def test_four_processes_find_what_one_finds(tmp_path):
+    """Six shards, every document three times, so that most scores tie across processes."""
+    model = StandIn()
+    documents = texts(20) * 3
+    with MemoryStore.create(tmp_path / "store", model) as store:
+        for start in range(0, 60, 11):
+            rows = [{"text": text, "metadata": {"even": i % 2 == 0}} for i, text in enumerate(documents)][
+                start : start + 11
+            ]
+            store.add(names(len(rows), start), rows, model.compress([row["text"] for row in rows]))
+        assert store.stats()["shards"] == 6
+        store.delete(["doc-3", "doc-25"])
+        queries = model.encode_queries(texts(5, 7))
+        torch.save(queries, tmp_path / "queries.pt")
+        expected = [
+            store.topk(queries, k, where=where)
+            for k in (1, 9, len(store))
+            for where in (None, {"even": True}, {"even": None})
+        ]
+        hits = [[hit.id for hit in row] for row in store.search(queries[:2], 3)]
+    assert run("search", tmp_path, 4) == [0] * 4
+    for rank in range(4):
+        for (scores, rows), (their_scores, their_rows) in zip(torch.load(tmp_path / f"found-{rank}.pt"), expected):
+            assert rows.equal(their_rows)
+            assert scores.equal(their_scores)
+        assert json.loads((tmp_path / f"hits-{rank}.json").read_text()) == hits

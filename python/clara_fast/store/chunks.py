@@ -14,7 +14,7 @@ from clara_fast.store.ledger import content_digest
 
 if TYPE_CHECKING:
     from clara_fast.store.corpus import Record
-    from clara_fast.store.memory_store import MemoryStore
+    from clara_fast.store.reading import StoreReader
 
 # Where a sentence or a line begins, and where a word does.
 _SENTENCE = re.compile(r"(?:[.!?…][\"'”’)\]]*\s+|[。！？]\s*|\n\s*)(?=\S)")
@@ -139,7 +139,7 @@ def parent_of(document: Document | Hit | Record) -> tuple[str, bytes] | None:
     return str(parent), bytes.fromhex(digest)
 
 
-def parent_text(store: MemoryStore, document: Document | Hit) -> str:
+def parent_text(store: StoreReader, document: Document | Hit) -> str:
     """The whole text of the document that ``document`` is a chunk of, put together from all of its chunks.
 
     Raises:

@@ -216,6 +216,25 @@ class StoreReader:
 
         return PooledIndex.open(self).with_effort(effort)
 
+    def as_retriever(
+        self, model: Writer, framework: str = "langchain", *, k: int = 5, parents: bool = False, **options: Any
+    ) -> Any:
+        """This store as a retriever of ``"langchain"`` or ``"llamaindex"`` (extras of these names).
+
+        Args:
+            model: encodes the questions (a :class:`clara_fast.Clara`).
+            k: documents for each question, at most.
+            parents: give whole documents in the place of their chunks, each once, and so perhaps fewer than ``k``.
+            options: of :meth:`search`: ``where``, ``index``, ``candidates``, ...
+
+        Raises:
+            ImportError: the framework is missing.
+            StoreMismatchError: another model wrote the store.
+        """
+        from clara_fast.store.retrievers import make_retriever
+
+        return make_retriever(self, model, framework, k, parents, options)
+
     def to(self, device: torch.device | str, *, resident_bytes: int | None = None) -> Self:
         """Search on ``device`` from now on; results stay on the CPU.
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import sys
@@ -18,6 +19,7 @@ import torch.distributed as dist
 from standin import StandIn
 
 from clara_fast.store import Corpus, MemoryStore, compress_corpus
+from clara_fast.store.parts import Parts
 from clara_fast.store.ranks import Ranks
 
 CHUNK = {"chunk": 16, "overlap": 4}
@@ -43,6 +45,22 @@ def compress(folder: Path, ranks: Ranks, kill_after: int = 0) -> None:
 
 def killed(folder: Path, ranks: Ranks) -> None:
     compress(folder, ranks, kill_after=int(os.environ["KILL_AFTER"]))
+
+
+def join(folder: Path, ranks: None) -> None:
+    """Join parts, and die on the way into the renaming or the removal that ``KILL_IN`` names."""
+    store, moment = MemoryStore.open(folder / "store"), os.environ["KILL_IN"]
+
+    def dying(function, target=-1):
+        def call(*args, **options):
+            if moment in str(args[target]):
+                os.kill(os.getpid(), signal.SIGKILL)
+            return function(*args, **options)
+
+        return call
+
+    os.replace, shutil.rmtree = dying(os.replace), dying(shutil.rmtree)
+    Parts(store, StandIn()).join()
 
 
 def search(folder: Path, ranks: Ranks) -> None:

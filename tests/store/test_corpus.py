@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import sys
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -251,6 +252,6 @@ def test_data_sets(tmp_path, monkeypatch):
 
 
 def test_the_hub_needs_a_package(monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "datasets", None)
+    monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(ImportError, match=r"pip install clara-fast\[datasets\]"):
         Corpus.open("hf://datasets/owner/name", split="train")

@@ -13,7 +13,8 @@ import torch
 from standin import StandIn, names, texts
 from test_ingest import write
 
-from clara_fast.store import MemoryStore, compress_corpus
+from clara_fast.store import Corpus, MemoryStore, compress_corpus
+from clara_fast.store.parts import Parts
 
 
 def run(task: str, folder: Path, size: int, **environment: str) -> list[int]:
@@ -81,6 +82,29 @@ def test_another_number_of_processes_goes_on_after_a_kill(tmp_path, corpus, alon
         with store:
             compress_corpus(store, model, corpus, batch_tokens=64, shard_documents=8, chunk=16, overlap=4)
     assert_same(MemoryStore.open(tmp_path / "store"), alone)
+
+
+@pytest.mark.parametrize("moment", ["manifest.json", "parts/000000000001"])
+def test_a_kill_while_joining_loses_nothing_and_repeats_nothing(tmp_path, moment):
+    """Before the manifest names the parts' shards, and after, when some parts are gone and others are not."""
+    model, path = StandIn(), tmp_path / "store"
+    with MemoryStore.create(path, model) as store:
+        parts = Parts(store, model)
+        for i in (0, 2, 1):
+            parts.write(
+                i, names(3, 3 * i), [{"text": text} for text in texts(3, 3 * i)], model.compress(texts(3, 3 * i))
+            )
+    assert run("join", tmp_path, 1, KILL_IN=moment) == [-9]
+    store = MemoryStore.open(path, model)
+    assert len(store) == (0 if moment == "manifest.json" else 9)
+    assert len(list(parts.open())) == (3 if moment == "manifest.json" else 2)
+    with store:
+        rows = [{"id": name, "text": text} for name, text in zip(names(12), texts(12), strict=True)]
+        report = compress_corpus(store, model, Corpus.of_rows(rows))
+        assert (report.added, report.skipped) == (3, 9)
+    assert list(store.ids) == names(12)
+    store.verify()
+    assert len(list((path / "shards").iterdir())) == 2 * store.stats()["shards"]
 
 
 def test_four_processes_find_what_one_finds(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 
 import pytest
 from standin import StandIn, names, texts
@@ -66,8 +67,8 @@ def test_what_cannot_be_a_retriever(filled, model, monkeypatch):
     with pytest.raises(StoreMismatchError):
         filled.as_retriever(StandIn(name="b"))
     for package, framework in (("langchain_core", "langchain"), ("llama_index", "llamaindex")):
-        for name in [name for name in __import__("sys").modules if name.startswith((package, "clara_fast.store.retr"))]:
-            monkeypatch.delitem(__import__("sys").modules, name)
-        monkeypatch.setitem(__import__("sys").modules, package, None)
+        for name in [name for name in sys.modules if name.startswith((package, "clara_fast.store.retr"))]:
+            monkeypatch.delitem(sys.modules, name)
+        monkeypatch.setitem(sys.modules, package, None)
         with pytest.raises(ImportError, match=rf"pip install clara-fast\[{framework}\]"):
             filled.as_retriever(model, framework)

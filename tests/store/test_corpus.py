@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import datetime
 import gzip
 import json
+import pickle
 import sys
 
 import pyarrow as pa
@@ -86,8 +88,6 @@ def test_a_bad_line_is_named(tmp_path, line, message):
 
 
 def test_parquet(tmp_path):
-    import datetime
-
     table = pa.table(
         {"id": ["a", "b"], "text": ["One.", "Two."], "n": [1, None], "day": [datetime.date(2020, 1, 2), None]}
     )
@@ -222,33 +222,49 @@ def test_rows_at_hand():
         next(reader)
 
 
-def test_data_sets(tmp_path, monkeypatch):
-    datasets = pytest.importorskip("datasets", reason="needs the extra 'datasets'")
+@pytest.fixture
+def datasets(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
-    columns = {"body": [f"Text {i}." for i in range(5)], "day": [None] * 5}
-    made = datasets.Dataset.from_dict(columns)
-    (tmp_path / "set").mkdir()
-    made.to_parquet(str(tmp_path / "set" / "train-00000-of-00001.parquet"))
-    made.select(range(2)).to_parquet(str(tmp_path / "set" / "test-00000-of-00001.parquet"))
-    made.save_to_disk(str(tmp_path / "saved"))
-    for corpus in (
-        Corpus.open(tmp_path / "set", split="train", text_field="body"),
-        Corpus.open(tmp_path / "saved", text_field="body"),
-        Corpus.of_rows(made, text_field="body"),
-    ):
-        assert [(r.id, r.text, r.metadata) for r in corpus] == [
-            (f"{i + 1}", f"Text {i}.", {"day": None}) for i in range(5)
-        ]
-        assert list(corpus) == list(corpus)
-        assert corpus.count() in (None, 5)
-    assert [r.text for r in Corpus.open(tmp_path / "set", split="test", text_field="body")] == ["Text 0.", "Text 1."]
+    return pytest.importorskip("datasets", reason="needs the extra 'datasets'")
+
+
+def test_data_sets_are_streamed(tmp_path, datasets):
+    folder = tmp_path / "set"
+    folder.mkdir()
+    table = pa.table({"body": [f"Text {i}." for i in range(5)], "day": [datetime.date(2020, 1, 2)] * 5})
+    pq.write_table(table, folder / "train-00000-of-00001.parquet")
+    pq.write_table(table.slice(0, 2), folder / "test-00000-of-00001.parquet")
+    corpus = Corpus.open(folder, split="train", text_field="body")
+    expected = [(f"{i + 1}", f"Text {i}.", {"day": "2020-01-02"}) for i in range(5)]
+    assert [(r.id, r.text, r.metadata) for r in corpus] == expected
+    assert list(corpus) == list(corpus)
+    assert corpus.count() in (None, 5)
+    assert [r.text for r in Corpus.open(folder, split="test", text_field="body")] == ["Text 0.", "Text 1."]
     with pytest.raises(CorpusError, match=r"set, row 1: no field 'text' .*there are: 'body', 'day'"):
-        next(iter(Corpus.open(tmp_path / "set", split="train")))
+        next(iter(Corpus.open(folder, split="train")))
     with pytest.raises(CorpusError, match=r"cannot read data set .*set: .*nothing"):
-        Corpus.open(tmp_path / "set", split="nothing")
+        Corpus.open(folder, split="nothing")
     (tmp_path / "c.jsonl").write_text("{}")
     with pytest.raises(ValueError, match="split and subset are for data sets"):
         Corpus.open(tmp_path / "c.jsonl", split="train")
+
+
+def test_data_sets_at_hand_and_on_disk(tmp_path, datasets):
+    try:
+        made = datasets.Dataset.from_dict({"body": [f"Text {i}." for i in range(5)]})
+    except pickle.PicklingError as error:
+        pytest.skip(f"this datasets cannot hash tables of this pyarrow: {error}")
+    made.save_to_disk(str(tmp_path / "saved"))
+    datasets.DatasetDict({"a": made, "b": made.select(range(2))}).save_to_disk(str(tmp_path / "both"))
+    for corpus in (
+        Corpus.of_rows(made, text_field="body"),
+        Corpus.open(tmp_path / "saved", text_field="body"),
+        Corpus.open(tmp_path / "both", text_field="body", split="a"),
+    ):
+        assert [(r.id, r.text) for r in corpus] == [(f"{i + 1}", f"Text {i}.") for i in range(5)]
+        assert corpus.count() == 5
+    with pytest.raises(CorpusError, match=r"both has the splits 'a', 'b': choose one \(--split\)"):
+        Corpus.open(tmp_path / "both")
 
 
 def test_the_hub_needs_a_package(monkeypatch):

@@ -258,6 +258,11 @@ def test_what_is_left_out_is_listed(run, tmp_path, model):
     assert "line 2 is not JSON" in bad["reason"]
     assert (duplicate["reason"], duplicate["id"], duplicate["same_as"]) == ("duplicate", "b", "a")
     assert run(*command, "--keep-duplicates", "--skip-bad", "--json")[1]["documents"] == 2
+    code, result, _ = run(
+        *command[:-1], tmp_path / "t", "--skip-bad", "--store-dtype", "int8", "--pooled-keys", "--json"
+    )
+    stats = MemoryStore.open(tmp_path / "t").stats()
+    assert (code, stats["dtype"], stats["pooled_keys"]) == (0, "int8", True)
     code, _, err = run(*command, "--store-dtype", "int8")
     assert (code, err.count("\n"), "--store-dtype (int8) must be that of" in err) == (2, 1, True)
 

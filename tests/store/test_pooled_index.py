@@ -49,6 +49,18 @@ def test_all_candidates_give_exact_search(store, queries, kind):
     assert (scores[:, 1:] <= scores[:, :-1]).all()
 
 
+@pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn"])
+def test_eight_bit_memories(tmp_path, store, queries, dtype):
+    model = StandIn(num_memory=4, hidden_size=32)
+    with MemoryStore.create(tmp_path / "s", model, dtype=dtype) as small:
+        small.add(names(100), texts(100), store.memory(range(100)))
+        index = small.build_index("Flat")
+        scores, rows = small.topk(queries, 9, index=index, candidates=100)
+        expected = small.topk(queries, 9)
+    assert rows.equal(expected[1])
+    torch.testing.assert_close(scores, expected[0], rtol=0, atol=1e-6)
+
+
 def test_few_candidates_find_most(store, queries):
     index = store.build_index("IVF").with_effort(4)
     expected = store.topk(queries, 5)[1]

@@ -7,7 +7,7 @@ import os
 import time
 from contextlib import ExitStack
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Annotated
+from typing import IO, TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -69,8 +69,15 @@ def compress(
     shard_size: Annotated[int, typer.Option(help="Documents in a shard, at most.")] = 1024,
     shard_seconds: Annotated[float, typer.Option(help="Work in a shard, at most: a kill loses no more.")] = 60.0,
     store_dtype: Annotated[
-        str | None, typer.Option(help="Of the memories in a new store. Default: bfloat16.", show_default=False)
+        str | None,
+        typer.Option(
+            help="Of the memories in a new store: bfloat16 (default), float16, float32, int8, float8_e4m3fn.",
+            show_default=False,
+        ),
     ] = None,
+    pooled_keys: Annotated[
+        bool, typer.Option("--pooled-keys", help="A new store also keeps means over the memory tokens.")
+    ] = False,
     device: DeviceOption = None,
     dtype: DtypeOption = "auto",
     json: JsonOption = False,
@@ -114,7 +121,9 @@ def compress(
             batch_tokens = 2048 if clara.device.type == "cpu" else 16384
         started = time.perf_counter()
         if first:
-            formats = {} if store_dtype is None else {"dtype": store_dtype}
+            formats: dict[str, Any] = {"pooled_keys": pooled_keys}
+            if store_dtype is not None:
+                formats["dtype"] = store_dtype
             store = MemoryStore.open_or_create(out, clara, loaded_from=choice.where, **formats)
         if ranks is not None:
             ranks.barrier()

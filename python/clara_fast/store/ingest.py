@@ -16,9 +16,10 @@ from clara_fast.store.corpus import Record
 from clara_fast.store.documents import document_text
 from clara_fast.store.errors import CorpusError
 from clara_fast.store.ledger import Ledger, Meeting, content_digest
-from clara_fast.store.memory_store import MemoryStore, Writer
+from clara_fast.store.memory_store import MemoryStore
 from clara_fast.store.parts import Parts
 from clara_fast.store.ranks import Ranks
+from clara_fast.store.reading import Writer
 
 # Documents are tokenised so many at a time, and compressed in windows of at most so many batches: a window is
 # sorted by length to fill its batches, so more of them are fuller, and fewer are less to lose.

@@ -22,7 +22,8 @@ from torch import Tensor
 
 from clara_fast.store.files import sync_folder
 from clara_fast.store.manifest import SHARD_FOLDER, Manifest, ShardEntry
-from clara_fast.store.memory_store import MemoryStore, Writer
+from clara_fast.store.memory_store import MemoryStore
+from clara_fast.store.reading import Writer
 from clara_fast.store.snapshot import Snapshot
 
 PART_FOLDER = "parts"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +15,7 @@ import pytest
 
 from clara_fast import Clara, MemoryStore
 from clara_fast.cli import main
+from clara_fast.store import parent_text
 
 
 def test_help_and_wrong_use_do_not_import_torch():
@@ -53,7 +56,10 @@ def test_compress_reports_documents_that_are_too_long(run, tmp_path, model, corp
     code, result, err = run("compress", corpus, "-m", model, "-o", tmp_path / "s", "--limit", 3, "--json")
     assert code == 0
     assert result["added"] == result["truncated"] == 3
-    assert err == "warning: 3 of 3 documents are longer than 64 tokens; only their beginnings were compressed\n"
+    assert err == (
+        "warning: 3 of 3 documents are longer than 64 tokens; only their beginnings were compressed "
+        "(--chunk 64 keeps all of them)\n"
+    )
 
 
 def test_compress_takes_a_folder(run, tmp_path, model):
@@ -168,8 +174,6 @@ def test_a_model_that_did_not_write_the_store(run, store, base, tmp_path, corpus
 
 
 def test_failures_are_code_1_and_debug_shows_where(run, store, tmp_path, monkeypatch):
-    import shutil
-
     copy = tmp_path / "copy"
     shutil.copytree(store, copy)
     os.truncate(copy / "shards" / "00000.safetensors", 100)
@@ -226,3 +230,85 @@ def test_main_takes_the_command_line_by_default(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["clara-fast", "--version"])
     assert main() == 0
     assert capsys.readouterr().out.strip()
+
+
+def test_long_documents_in_chunks(run, tmp_path, model, corpus):
+    """Compress in chunks, find one, see where it stands; nothing is cut off."""
+    code, result, err = run("compress", corpus, "-m", model, "-o", tmp_path / "s", "--chunk", 48, "--json")
+    assert (code, err) == (0, "")
+    assert result["truncated"] == 0
+    assert result["added"] == 20 < result["documents"]
+    code, out, _ = run("search", tmp_path / "s", "arctic birds", "-k", 2)
+    assert re.search(r"  1\. 0\.\d+  \S+#\d+  .* \(part \d+ of \d+ of \S+, characters \d+-\d+\)\n", out)
+    store = MemoryStore.open(tmp_path / "s")
+    texts = {json.loads(line)["id"]: json.loads(line)["text"] for line in corpus.read_text().splitlines()}
+    assert all(parent_text(store, chunk) == texts[chunk.metadata["parent"]] for chunk in store)
+    code, _, err = run("compress", corpus, "-m", model, "-o", tmp_path / "t", "--chunk", 65)
+    assert (code, "chunk (65) must be at most the model's doc_max_length (64)" in err) == (2, True)
+
+
+def test_what_is_left_out_is_listed(run, tmp_path, model):
+    rows = ['{"id": "a", "text": "Ants carry leaves."}', "{", '{"id": "b", "text": "Ants carry leaves."}']
+    (tmp_path / "c.jsonl").write_text("\n".join(rows))
+    command = ["compress", tmp_path / "c.jsonl", "-m", model, "-o", tmp_path / "s"]
+    assert run(*command)[0] == 2
+    code, result, _ = run(*command, "--skip-bad", "--skipped", tmp_path / "left.jsonl", "--json")
+    assert (code, result["documents"], result["duplicates"], result["bad"]) == (0, 1, 1, 1)
+    bad, duplicate = map(json.loads, (tmp_path / "left.jsonl").read_text().splitlines())
+    assert "line 2 is not JSON" in bad["reason"]
+    assert (duplicate["reason"], duplicate["id"], duplicate["same_as"]) == ("duplicate", "b", "a")
+    assert run(*command, "--keep-duplicates", "--skip-bad", "--json")[1]["documents"] == 2
+    code, result, _ = run(
+        *command[:-1], tmp_path / "t", "--skip-bad", "--store-dtype", "int8", "--pooled-keys", "--json"
+    )
+    stats = MemoryStore.open(tmp_path / "t").stats()
+    assert (code, stats["dtype"], stats["pooled_keys"]) == (0, "int8", True)
+    code, _, err = run(*command, "--store-dtype", "int8")
+    assert (code, err.count("\n"), "--store-dtype (int8) must be that of" in err) == (2, 1, True)
+
+
+def test_a_corpus_without_text_is_told_of_before_the_model_is_loaded(run, tmp_path):
+    new = ["--model", tmp_path / "no-model", "--out", tmp_path / "s"]
+    (tmp_path / "c.jsonl").write_text('{"body": "x"}')
+    (tmp_path / "empty.jsonl").write_text("\n")
+    for corpus, message in (
+        (
+            "c.jsonl",
+            "no field 'text' with the text (there are: 'body'); name it with text_field (--text-field)",
+        ),
+        ("empty.jsonl", "holds no document"),
+    ):
+        code, _, err = run("compress", tmp_path / corpus, *new)
+        assert (code, message in err, err.count("\n")) == (2, True, 1)
+    assert not (tmp_path / "s").exists()
+
+
+def test_two_stage_search(run, tmp_path, store):
+    pytest.importorskip("faiss", reason="needs the extra 'faiss'")
+    shutil.copytree(store, tmp_path / "s")
+    assert "has no index" in run("search", tmp_path / "s", "birds", "--index")[2]
+    code, result, _ = run("index", tmp_path / "s", "--kind", "Flat", "--json")
+    assert (code, result["kind"], result["documents"]) == (0, "Flat", 20)
+    code, result, _ = run("search", tmp_path / "s", "birds", "--index", "--candidates", 20, "--compare", "--json")
+    assert (code, result["recall"]) == (0, 1.0)
+    assert "exact search" in result["timings"]
+    code, result, _ = run("index", tmp_path / "s", "--report", "-k", 3, "--candidates", 4, "--candidates", 20, "--json")
+    assert [line["candidates"] for line in result["report"]] == [4, 20]
+    assert result["report"][0]["recall"] <= result["report"][1]["recall"] == 1
+    assert "recall@3 1.0000" in run("index", tmp_path / "s", "--report", "-k", 3, "--candidates", 20)[1]
+    code, _, err = run("search", store, "birds", "--candidates", 3)
+    assert (code, err) == (2, "error: --candidates is for a search with --index\n")
+
+
+@pytest.mark.slow
+def test_torchrun_shares_a_corpus(tmp_path, model, corpus, store):
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "clara_fast"]
+    command = ["compress", corpus, "-m", model, "-o", tmp_path / "s", "--device", "cpu", "--json"]
+    done = subprocess.run([*launch, *command], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["added"] == 20
+    both, one = MemoryStore.open(tmp_path / "s"), MemoryStore.open(store)
+    both.verify()
+    assert [(d.id, d.text) for d in both] == [(d.id, d.text) for d in one]
+    error = (both.memory(range(20)).float() - one.memory(range(20)).float()).abs().max()
+    assert error <= one.memory(range(20)).abs().max() / 64

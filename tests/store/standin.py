@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 import zlib
 from types import SimpleNamespace
@@ -31,6 +32,9 @@ class StandIn:
 
     def count_tokens(self, documents):
         return [len(text.split()) for text in documents]
+
+    def token_spans(self, text):
+        return [match.span() for match in re.finditer(r"\S+", text)]
 
     def _memory(self, text):
         shape = (self.config.num_memory, self.config.hidden_size)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import datetime
 import gzip
 import json
+import pickle
+import sys
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -85,8 +88,6 @@ def test_a_bad_line_is_named(tmp_path, line, message):
 
 
 def test_parquet(tmp_path):
-    import datetime
-
     table = pa.table(
         {"id": ["a", "b"], "text": ["One.", "Two."], "n": [1, None], "day": [datetime.date(2020, 1, 2), None]}
     )
@@ -131,7 +132,7 @@ def test_folder(tmp_path):
 def test_what_is_not_a_corpus(tmp_path):
     with pytest.raises(FileNotFoundError, match="does not exist"):
         Corpus.open(tmp_path / "nothing.jsonl")
-    with pytest.raises(CorpusError, match=r"holds no .txt or .md file"):
+    with pytest.raises(CorpusError, match=r"holds no .txt, .md, .jsonl or .parquet file"):
         Corpus.open(tmp_path)
     (tmp_path / "c.csv").write_text("a,b")
     with pytest.raises(CorpusError, match=r"must be a .jsonl"):
@@ -169,3 +170,104 @@ def test_lists_of_documents(tmp_path):
     file.write_text(json.dumps({"docs": ["Ann came."]}) + "\n" + json.dumps({"docs": "Bob left."}))
     with pytest.raises(CorpusError, match="line 2: field 'docs' must be a list of documents, as on the first line"):
         list(Corpus.open(file, text_field="docs"))
+
+
+def test_a_folder_of_data_files(tmp_path):
+    write_lines(tmp_path / "b.jsonl", [{"text": "B one."}, {"id": "own", "text": "B two."}])
+    (tmp_path / "a").mkdir()
+    pq.write_table(pa.table({"text": ["A one.", "A two."]}), tmp_path / "a" / "x.parquet")
+    (tmp_path / "README.md").write_text("About this data.")
+    corpus = Corpus.open(tmp_path)
+    assert [(r.id, r.text) for r in corpus] == [
+        ("a/x.parquet:1", "A one."),
+        ("a/x.parquet:2", "A two."),
+        ("b.jsonl:1", "B one."),
+        ("own", "B two."),
+    ]
+    assert corpus.count() == 4
+    (tmp_path / "notes.md").write_text("A document?")
+    with pytest.raises(CorpusError, match=r"holds data files .* and text files .'notes.md'.*folders of their own"):
+        Corpus.open(tmp_path)
+    (tmp_path / "notes.md").unlink()
+    (tmp_path / "c.parquet").write_bytes((tmp_path / "a" / "x.parquet").read_bytes()[:-9])
+    with pytest.raises(CorpusError, match=r"c.parquet is damaged or of another format"):
+        list(Corpus.open(tmp_path))
+
+
+def test_bad_rows_can_be_left_out(tmp_path):
+    lines = [LINES[0], b"{", b"[1]", {"text": " "}, {"text": "half \ud800"}, {"id": 1.5, "text": "x"}, LINES[1]]
+    errors = []
+    corpus = Corpus.open(write_lines(tmp_path / "c.jsonl", lines), on_bad=lambda error: errors.append(str(error)))
+    assert [r.id for r in corpus] == ["a", "7"]
+    assert [error.split("line ")[1][0] for error in errors] == ["2", "3", "4", "5", "6"]
+    assert "line 5: the text holds half of a surrogate pair" in errors[3]
+    errors.clear()
+    (tmp_path / "f").mkdir()
+    (tmp_path / "f" / "a.txt").write_bytes(b"\xff\xfe\xfa")
+    (tmp_path / "f" / "b.txt").write_text("Text.")
+    assert [r.id for r in Corpus.open(tmp_path / "f", on_bad=lambda error: errors.append(str(error)))] == ["b.txt"]
+    assert "a.txt is not UTF-8" in errors[0]
+
+
+def test_rows_at_hand():
+    rows = [{"text": "One.", "n": 1}, {"text": "Two."}, "no"]
+    corpus = Corpus.of_rows(rows, name="mine")
+    assert corpus.count() == 3
+    reader = iter(corpus)
+    assert [(r.id, r.text, r.metadata) for r in (next(reader), next(reader))] == [
+        ("1", "One.", {"n": 1}),
+        ("2", "Two.", {}),
+    ]
+    with pytest.raises(CorpusError, match="mine, row 3 must be a mapping of fields, not str"):
+        next(reader)
+
+
+@pytest.fixture
+def datasets(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
+    return pytest.importorskip("datasets", reason="needs the extra 'datasets'")
+
+
+def test_data_sets_are_streamed(tmp_path, datasets):
+    folder = tmp_path / "set"
+    folder.mkdir()
+    table = pa.table({"body": [f"Text {i}." for i in range(5)], "day": [datetime.date(2020, 1, 2)] * 5})
+    pq.write_table(table, folder / "train-00000-of-00001.parquet")
+    pq.write_table(table.slice(0, 2), folder / "test-00000-of-00001.parquet")
+    corpus = Corpus.open(folder, split="train", text_field="body")
+    expected = [(f"{i + 1}", f"Text {i}.", {"day": "2020-01-02"}) for i in range(5)]
+    assert [(r.id, r.text, r.metadata) for r in corpus] == expected
+    assert list(corpus) == list(corpus)
+    assert corpus.count() in (None, 5)
+    assert [r.text for r in Corpus.open(folder, split="test", text_field="body")] == ["Text 0.", "Text 1."]
+    with pytest.raises(CorpusError, match=r"set, row 1: no field 'text' .*there are: 'body', 'day'"):
+        next(iter(Corpus.open(folder, split="train")))
+    with pytest.raises(CorpusError, match=r"cannot read data set .*set: .*nothing"):
+        Corpus.open(folder, split="nothing")
+    (tmp_path / "c.jsonl").write_text("{}")
+    with pytest.raises(ValueError, match="split and subset are for data sets"):
+        Corpus.open(tmp_path / "c.jsonl", split="train")
+
+
+def test_data_sets_at_hand_and_on_disk(tmp_path, datasets):
+    try:
+        made = datasets.Dataset.from_dict({"body": [f"Text {i}." for i in range(5)]})
+    except pickle.PicklingError as error:
+        pytest.skip(f"this datasets cannot hash tables of this pyarrow: {error}")
+    made.save_to_disk(str(tmp_path / "saved"))
+    datasets.DatasetDict({"a": made, "b": made.select(range(2))}).save_to_disk(str(tmp_path / "both"))
+    for corpus in (
+        Corpus.of_rows(made, text_field="body"),
+        Corpus.open(tmp_path / "saved", text_field="body"),
+        Corpus.open(tmp_path / "both", text_field="body", split="a"),
+    ):
+        assert [(r.id, r.text) for r in corpus] == [(f"{i + 1}", f"Text {i}.") for i in range(5)]
+        assert corpus.count() == 5
+    with pytest.raises(CorpusError, match=r"both has the splits 'a', 'b': choose one \(--split\)"):
+        Corpus.open(tmp_path / "both")
+
+
+def test_the_hub_needs_a_package(monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ImportError, match=r"pip install clara-fast\[datasets\]"):
+        Corpus.open("hf://datasets/owner/name", split="train")

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import resource
 import warnings
 
 import pytest
+import torch
 from standin import StandIn, names, texts
 
 from clara_fast.store import Corpus, CorpusError, MemoryStore, StoreLockedError, StoreMismatchError, compress_corpus
@@ -63,7 +65,7 @@ def test_a_text_that_changed_is_refused(tmp_path, model, corpus):
         )
         with pytest.raises(CorpusError, match=r"d.jsonl, line 2: document 'doc-7' is in .* with another text"):
             compress_corpus(store, model, changed)
-        assert len(store) == 50
+        assert len(store) == 51  # what came before the bad row is kept
 
 
 def test_an_id_given_twice_is_refused(tmp_path, model):
@@ -80,13 +82,14 @@ def test_an_id_given_twice_is_refused(tmp_path, model):
 
 
 def test_long_documents_are_counted_in_one_warning(tmp_path, model):
-    long = write(tmp_path / "d.jsonl", [{"text": "word " * (40 if i % 3 else 5)} for i in range(30)])
+    long = write(tmp_path / "d.jsonl", [{"text": f"{i} " + "word " * (40 if i % 3 else 5)} for i in range(30)])
     with MemoryStore.create(tmp_path / "s", model) as store, warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         report = compress_corpus(store, model, long, batch_tokens=64)
     assert report.truncated == 20
     assert [str(w.message) for w in caught] == [
-        "20 of 30 documents are longer than 32 tokens; only their beginnings were compressed"
+        "20 of 30 documents are longer than 32 tokens; "
+        "only their beginnings were compressed (--chunk 32 keeps all of them)"
     ]
 
 
@@ -110,3 +113,59 @@ def test_sizes_must_be_positive(tmp_path, model, corpus, name):
         pytest.raises(ValueError, match=rf"{name} \(0\) must"),
     ):
         compress_corpus(store, model, corpus, **{name: 0})
+
+
+def test_duplicates_are_left_out(tmp_path, model):
+    rows = [{"id": "a", "text": "Same."}, {"id": "b", "text": "Other."}, {"id": "c", "text": "Same."}]
+    corpus = write(tmp_path / "d.jsonl", [*rows, {"id": "d", "title": "T", "text": "Same."}])
+    left_out = []
+    with MemoryStore.create(tmp_path / "s", model) as store:
+        for added in (3, 0):  # the second time, they are known from the store
+            report = compress_corpus(store, model, corpus, on_duplicate=lambda r, other: left_out.append((r.id, other)))
+            assert (report.added, report.duplicates) == (added, 1)
+        assert list(store.ids) == ["a", "b", "d"]
+        assert left_out == [("c", "a")] * 2
+        # Another corpus that says the same, and one that may.
+        other = write(tmp_path / "e.jsonl", [{"id": "z", "text": "Other."}])
+        assert compress_corpus(store, model, other).duplicates == 1
+        assert compress_corpus(store, model, other, keep_duplicates=True).added == 1
+        assert compress_corpus(store, model, corpus, keep_duplicates=True).added == 1
+        assert list(store.ids) == ["a", "b", "d", "z", "c"]
+
+
+def test_a_bad_row_loses_nothing_before_it(tmp_path, model):
+    rows = [{"id": i, "text": t} for i, t in zip(names(30), texts(30), strict=True)]
+    bad = write(tmp_path / "d.jsonl", [*rows[:20], {"id": "x", "text": " "}, *rows[20:]])
+    with MemoryStore.create(tmp_path / "s", model) as store:
+        with pytest.raises(CorpusError, match="line 21: document 'x' is empty"):
+            compress_corpus(store, model, bad)
+        assert list(store.ids) == names(20)
+        errors = []
+        report = compress_corpus(store, model, Corpus.open(bad.path, on_bad=errors.append))
+        assert (report.added, report.skipped, len(errors)) == (10, 20, 1)
+        assert list(store.ids) == names(30)
+
+
+class Brief(StandIn):
+    """Compresses at once, whatever the length; counts characters."""
+
+    def compress(self, documents, *, max_tokens=8192):
+        return torch.ones(len(documents), self.config.num_memory, self.config.hidden_size)
+
+    def count_tokens(self, documents):
+        return [len(text) // 100 for text in documents]
+
+
+def test_memory_does_not_grow_with_the_corpus(tmp_path):
+    """23 MB of texts after 4 MB: no more memory than a few windows."""
+    model = Brief()
+    (tmp_path / "c.jsonl").write_text(
+        "".join(json.dumps({"id": f"d{i}", "text": f"{i} {'Some words. ' * 160}"}) + "\n" for i in range(12000))
+    )
+    peaks = []
+    for limit in (2000, 12000):
+        with MemoryStore.create(tmp_path / f"s{limit}", model) as store:
+            corpus = Corpus.open(tmp_path / "c.jsonl", limit=limit)
+            assert compress_corpus(store, model, corpus, shard_documents=256).added == limit
+        peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+    assert peaks[1] - peaks[0] < 12

@@ -19,6 +19,7 @@ from clara_fast.cli import (
     demo,
     evaluate,
     explain,
+    index,
     info,
     inspect,
     search,
@@ -39,7 +40,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for module in (demo, compress, search, ask, explain, inspect, info, bench, synthesize):
+for module in (demo, compress, search, index, ask, explain, inspect, info, bench, synthesize):
     app.command()(getattr(module, module.__name__.rpartition(".")[2]))
 app.command("eval")(evaluate.evaluate)
 for command in (convert.convert, convert.compact, convert.delete):

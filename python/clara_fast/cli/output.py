@@ -54,9 +54,18 @@ def show_warning(
 def print_hit(rank: int, hit: Any) -> None:
     """A document that was found: rank, score, id and title, then the beginning of its text."""
     title = f"  {hit.title}" if hit.title and hit.title != hit.id else ""
-    print(f"{rank:3}. {hit.score:.4f}  {hit.id}{title}")
+    print(f"{rank:3}. {hit.score:.4f}  {hit.id}{title}{_place(hit)}")
     if text := snippet(hit.text):
         print(f"             {text}")
+
+
+def _place(hit: Any) -> str:
+    """Which part of its document a chunk is."""
+    metadata = getattr(hit, "metadata", {})
+    if not {"parent", "chunk", "chunks", "span"} <= set(metadata):
+        return ""
+    start, end = metadata["span"]
+    return f"  (part {metadata['chunk'] + 1} of {metadata['chunks']} of {metadata['parent']}, characters {start}-{end})"
 
 
 def snippet(text: str, length: int = _SNIPPET) -> str:
@@ -81,12 +90,12 @@ def size(count: float) -> str:
     return f"{count:.1f} TB"
 
 
-def document_progress() -> Progress:
+def document_progress(visible: bool = True) -> Progress:
     """:func:`item_progress` of documents."""
-    return item_progress("docs")
+    return item_progress("docs", visible)
 
 
-def item_progress(unit: str) -> Progress:
+def item_progress(unit: str, visible: bool = True) -> Progress:
     """A bar on stderr: how many, how fast, how long still. Silent where stderr is no terminal."""
     return Progress(
         TextColumn("{task.description}"),
@@ -95,7 +104,7 @@ def item_progress(unit: str) -> Progress:
         _PerSecond(unit),
         TimeRemainingColumn(),
         console=stderr,
-        disable=not sys.stderr.isatty(),
+        disable=not (visible and sys.stderr.isatty()),
     )
 
 

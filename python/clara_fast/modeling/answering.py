@@ -105,7 +105,7 @@ def answer(
             queries = model.encode_queries(batch)
         if store is not None:
             with _timed(timings, "search"):
-                hits = store.search(queries, _top_k(model, top_k, len(store)))
+                hits = store.search(queries, number_to_read(model, top_k, len(store)))
                 memories = [store.memory([hit.row for hit in found]) for found in hits]
             sources = [[Source(h.id, h.score, h.text, h.title) for h in found] for found in hits]
         else:
@@ -118,7 +118,7 @@ def answer(
                 with _timed(timings, "compress"):
                     compressed = model.compress(group)
                 with _timed(timings, "search"):
-                    rows, scores = nearest(model, query[None], compressed, _top_k(model, top_k, len(group)))
+                    rows, scores = nearest(model, query[None], compressed, number_to_read(model, top_k, len(group)))
                 memories.append(compressed[rows])
                 pairs = zip(rows.tolist(), scores.tolist(), strict=True)
                 sources.append([Source(str(i), score, group[i]) for i, score in pairs])
@@ -172,20 +172,12 @@ def generate_ids(
     """The token ids behind :func:`generate`: ``[B, new tokens]``, padded behind the end-of-sequence token."""
     if not prompts:
         return torch.empty(0, 0, dtype=torch.int64)
-    table = model.lm.get_input_embeddings()
     length = max(len(ids) for ids in prompts)
     embeds = torch.zeros(len(prompts), length, model.config.hidden_size, dtype=model.dtype, device=model.device)
     mask = torch.zeros(len(prompts), length, dtype=torch.int64, device=model.device)
-    slots = torch.tensor(sorted(set(model.text.memory_ids)))
     with model.inference():
         for row, (ids, memory) in enumerate(zip(prompts, memories, strict=True)):
-            tokens = torch.tensor(ids)
-            filled = table(tokens.to(model.device))
-            places = torch.isin(tokens, slots).nonzero().flatten().to(model.device)
-            flat = memory.reshape(-1, model.config.hidden_size).to(filled)
-            if len(flat) != len(places):
-                raise ValueError(f"memory of question {row} has {len(flat)} rows, its prompt {len(places)} slots")
-            embeds[row, length - len(ids) :] = filled.index_copy(0, places, flat)
+            embeds[row, length - len(ids) :] = fill_prompt(model, ids, memory, row)
             mask[row, length - len(ids) :] = 1
         options = {"do_sample": False, "pad_token_id": model.tokenizer.pad_token_id, **options}
         with default_role(model.lm.get_decoder(), role):
@@ -205,7 +197,20 @@ def _given(model: Clara, memory: Any, count: int) -> list[Tensor]:
     return memories
 
 
-def _top_k(model: Clara, top_k: int | None, available: int) -> int:
+def fill_prompt(model: Clara, ids: list[int], memory: Tensor, question: int = 0) -> Tensor:
+    """Embeddings ``[T, D]`` of a prompt with ``memory [k, m, D]`` in its slots; ``question`` names it in errors."""
+    tokens = torch.tensor(ids)
+    filled = model.lm.get_input_embeddings()(tokens.to(model.device))
+    slots = torch.tensor(sorted(set(model.text.memory_ids)))
+    places = torch.isin(tokens, slots).nonzero().flatten().to(model.device)
+    flat = memory.reshape(-1, model.config.hidden_size).to(filled)
+    if len(flat) != len(places):
+        raise ValueError(f"memory of question {question} has {len(flat)} rows, its prompt {len(places)} slots")
+    return filled.index_copy(0, places, flat)
+
+
+def number_to_read(model: Clara, top_k: int | None, available: int) -> int:
+    """How many documents to read: as asked, or as the model is configured, or all if there are fewer."""
     if top_k is None:
         return min(model.config.top_k, available)
     if not 1 <= top_k <= available:

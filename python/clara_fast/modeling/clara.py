@@ -335,6 +335,10 @@ class Clara(nn.Module):
         ids, _ = self.text.documents(documents, max_length=2**62)
         return [len(row) - 3 for row in ids]
 
+    def token_spans(self, text: str) -> list[tuple[int, int]]:
+        """The range of characters of each token of a document: where it can be cut."""
+        return self.text.spans(text)
+
     def _encode_texts(
         self, texts: Sequence[str], role: Role, max_tokens: int, progress: Callable[[int], None] | None
     ) -> Tensor:
@@ -501,6 +505,28 @@ class Clara(nn.Module):
         from clara_fast.modeling.answering import answer
 
         return answer(self, questions, **options)
+
+    def to_prompt_embeds(
+        self, question: str, *, store: Any = None, memory: Tensor | None = None, top_k: int | None = None
+    ) -> Any:
+        """The prompt that :meth:`answer` generates from, as embeddings ``[T, D]``, for another engine to do so.
+
+        The engine runs the base model with the generator's adapter (folder ``generator`` of a saved model).
+
+        Args:
+            store: the ``top_k`` nearest documents are read.
+            memory: ``[k, m, D]``, read as it is and in that order.
+            top_k: default the model's ``config.top_k``, or all where there are fewer.
+
+        Returns:
+            a :class:`clara_fast.modeling.prompt_embeds.PromptEmbeds`.
+
+        Raises:
+            ValueError: none or both sources, ``top_k`` above the number of documents, a store of another model.
+        """
+        from clara_fast.modeling.prompt_embeds import to_prompt_embeds
+
+        return to_prompt_embeds(self, question, store=store, memory=memory, top_k=top_k)
 
     def paraphrase(self, memory: Tensor, *, instruction: int = 0, **generate_options: Any) -> list[str]:
         """Write out what each memory of ``[N, m, D]`` says; see :func:`clara_fast.modeling.answering.paraphrase`."""

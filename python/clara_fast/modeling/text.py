@@ -60,6 +60,18 @@ class TextEncoder:
         limit = self.max_length - 3
         return text if len(ids) <= limit else str(self.tokenizer.decode(ids[:limit]))
 
+    def spans(self, text: str) -> list[tuple[int, int]]:
+        """The range of characters of each token of ``text``; needs one of transformers' fast tokenizers."""
+        for token in self._special_strings:
+            # As :meth:`defuse`, but of the same length, so that the ranges are those of ``text``.
+            text = text.replace(token, f"{token[0]}{' ' * (len(token) - 1)}")
+        if not self.tokenizer.is_fast:
+            raise ValueError(
+                f"{type(self.tokenizer).__name__} does not say where its tokens stand: use a fast tokenizer"
+            )
+        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        return [(start, end) for start, end in encoded["offset_mapping"]]
+
     def prompt(self, prompts: Prompts, turn: Turn) -> list[int]:
         """Token ids of a prompt that the generator goes on from."""
         return self._encode([prompts.render(turn)])[0]

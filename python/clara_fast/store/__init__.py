@@ -10,6 +10,7 @@
 The layout of a store folder is described in :mod:`clara_fast.store.manifest`.
 """
 
+from clara_fast.store.chunks import Chunking, parent_text
 from clara_fast.store.corpus import Corpus, Record
 from clara_fast.store.documents import Document, Hit, document_text
 from clara_fast.store.errors import (
@@ -24,6 +25,7 @@ from clara_fast.store.ingest import IngestReport, compress_corpus
 from clara_fast.store.memory_store import MemoryStore
 
 __all__ = [
+    "Chunking",
     "Corpus",
     "CorpusError",
     "Document",
@@ -38,4 +40,5 @@ __all__ = [
     "StoreNotFoundError",
     "compress_corpus",
     "document_text",
+    "parent_text",
 ]

@@ -1,23 +1,18 @@
-"""Reading a corpus: JSON lines, Parquet, or a folder of text files, one document at a time."""
+"""A corpus as a stream of documents, whatever it is read from."""
 
 from __future__ import annotations
 
-import gzip
 import hashlib
-import json
-import zlib
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import partial
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from itertools import islice
-from pathlib import Path
-from typing import IO, Any, Self
+from typing import Any, Self
 
 from clara_fast.store.errors import CorpusError, listing
+from clara_fast.store.ledger import Ledger
+from clara_fast.store.readers import Row, Source, dataset_source, find_source
 
-_JSON_SUFFIXES = (".jsonl", ".jsonl.gz", ".ndjson", ".ndjson.gz")
-_TEXT_SUFFIXES = (".txt", ".md")
 _LONGEST_TITLE = 100
 
 
@@ -37,70 +32,107 @@ class Corpus:
     """A corpus that can be iterated (yielding :class:`Record`) any number of times; made with :meth:`open`.
 
     It is read as it is iterated and never held in memory.
+
+    Attributes:
+        path: what it was opened from.
+        limit: of documents.
+        on_bad: called with the error of each row that is no document, which is then left out; None: it is raised.
     """
 
-    path: Path
+    path: str
     limit: int | None
-    _read: Callable[[], Iterator[Record]]
-    _count: Callable[[], int]
+    on_bad: Callable[[CorpusError], None] | None
+    _source: Source
+    _fields: _Fields
 
     @classmethod
     def open(
         cls,
-        path: str | Path,
+        path: str | os.PathLike[str],
         *,
         text_field: str = "text",
         id_field: str = "id",
         title_field: str = "title",
+        split: str | None = None,
+        subset: str | None = None,
         limit: int | None = None,
+        on_bad: Callable[[CorpusError], None] | None = None,
     ) -> Self:
         """Find out what ``path`` is.
 
         - ``.jsonl`` or ``.jsonl.gz``: one object a line; without ``id_field``, the line's number names it;
-          where ``text_field`` holds a list, each of its strings is a document, named by a hash of what it says and
-          taken once (question files: ``text_field="docs"``); a short first line is its title;
         - ``.parquet``: one document a row; without ``id_field``, the row's number names it;
-        - a folder: every ``.txt`` and ``.md`` file under it, named by its path there.
+        - a folder of such files, read in the order of their paths; without ``id_field``, ``FILE:NUMBER`` names a row;
+        - a folder of text: every ``.txt`` and ``.md`` file under it, named by its path there;
+        - a data set (extra ``datasets``): ``hf://datasets/NAME``, or with ``split`` its name on the hub or a folder;
+          a folder that ``save_to_disk`` wrote.
 
-        Other fields become the document's metadata.
+        Other fields become the document's metadata. Where the first row has a list in ``text_field``, each of its
+        strings is a document, named by a hash of what it says and taken once (question files:
+        ``text_field="docs"``); a short first line is its title.
 
         Args:
-            path: file or folder.
-            text_field, id_field, title_field: where a JSON object or Parquet row has its parts.
+            path: file, folder or data set.
+            text_field, id_field, title_field: where a row has its parts.
+            split, subset: of a data set.
             limit: read only so many documents.
+            on_bad: see above. A file that cannot be read as a whole is always an error.
 
         Raises:
             FileNotFoundError: there is nothing at ``path``.
-            CorpusError: it is none of the above, or a folder without text files.
+            CorpusError: it is none of the above, or a folder without documents.
         """
-        path = Path(path)
-        if limit is not None and limit < 1:
-            raise ValueError(f"limit ({limit}) must be at least 1")
-        fields = _Fields(text_field, id_field, title_field)
-        if not path.exists():
-            raise FileNotFoundError(f"corpus {path} does not exist")
-        if path.is_dir():
-            if next(_text_files(path), None) is None:
-                raise CorpusError(f"corpus {path} holds no {' or '.join(_TEXT_SUFFIXES)} file")
-            return cls(path, limit, partial(_read_folder, path), lambda: sum(1 for _ in _text_files(path)))
-        if path.name.endswith(_JSON_SUFFIXES):
-            if _holds_lists(path, fields):
-                read = partial(_read_lists, path, fields)
-                return cls(path, limit, read, lambda: sum(1 for _ in read()))
-            return cls(path, limit, partial(_read_json_lines, path, fields), partial(_count_lines, path))
-        if path.suffix == ".parquet":
-            return cls(path, limit, partial(_read_parquet, path, fields), partial(_count_parquet, path))
-        raise CorpusError(
-            f"corpus {path} must be a .jsonl, .jsonl.gz or .parquet file, or a folder of .txt or .md files"
-        )
+        _check_limit(limit)
+        source = find_source(os.fspath(path), split, subset)
+        return cls(os.fspath(path), limit, on_bad, source, _Fields(text_field, id_field, title_field))
+
+    @classmethod
+    def of_rows(
+        cls,
+        rows: Iterable[Mapping[str, Any]],
+        *,
+        name: str = "rows",
+        text_field: str = "text",
+        id_field: str = "id",
+        title_field: str = "title",
+        limit: int | None = None,
+        on_bad: Callable[[CorpusError], None] | None = None,
+    ) -> Self:
+        """A corpus from a ``datasets`` set at hand or a list of dicts; ``name`` stands for it in messages."""
+        _check_limit(limit)
+        source = dataset_source(rows, name)
+        return cls(name, limit, on_bad, source, _Fields(text_field, id_field, title_field))
 
     def __iter__(self) -> Iterator[Record]:
-        return islice(self._read(), self.limit)
+        return islice(self._records(), self.limit)
 
-    def count(self) -> int:
-        """How many documents there are, without parsing them (blank lines may count)."""
-        count = self._count()
-        return count if self.limit is None else min(count, self.limit)
+    def count(self) -> int | None:
+        """How many documents there are, without parsing them (blank lines may count); None if nobody knows."""
+        # A row of lists is several documents or none, so those are counted by reading.
+        fresh = replace(self, on_bad=lambda _: None)
+        count = sum(1 for _ in fresh) if self._holds_lists() else self._source.count()
+        return count if count is None or self.limit is None else min(count, self.limit)
+
+    def _holds_lists(self) -> bool:
+        row = next(self._source.rows(), None)
+        values = None if row is None else row.values
+        return isinstance(values, Mapping) and isinstance(values.get(self._fields.text), list)
+
+    def _records(self) -> Iterator[Record]:
+        read = _text_record if self._source.is_text else self._fields.record
+        lists: Callable[[Row], Iterator[Record]] | None = _Lists(self._fields) if self._holds_lists() else None
+        for row in self._source.rows():
+            try:
+                if isinstance(row.values, CorpusError):
+                    raise row.values
+                if lists is None:
+                    yield _checked(read(row, row.values))
+                else:
+                    yield from lists(row)
+            except CorpusError as error:
+                if self.on_bad is None:
+                    raise
+                self.on_bad(error)
 
 
 @dataclass(frozen=True)
@@ -109,8 +141,9 @@ class _Fields:
     id: str
     title: str
 
-    def record(self, values: Mapping[str, Any], default_id: str, where: str) -> Record:
-        """One document from an object's fields."""
+    def record(self, row: Row, values: Mapping[str, Any]) -> Record:
+        """One document from a row's fields."""
+        where = row.where
         if values.get(self.text) is None:
             raise CorpusError(
                 f"{where}: no field {self.text!r} with the text (there are: {listing(sorted(values))}); "
@@ -122,7 +155,7 @@ class _Fields:
                 raise CorpusError(f"{where}: field {key!r} must be a string, not {type(value).__name__}")
         name: Any = values.get(self.id)
         if name is None:
-            name = default_id
+            name = row.name
         if isinstance(name, bool) or not isinstance(name, str | int) or name == "":
             raise CorpusError(
                 f"{where}: field {self.id!r} must be a string or an integer that is not empty, not {name!r}"
@@ -130,33 +163,42 @@ class _Fields:
         rest = {key: value for key, value in values.items() if key not in (self.text, self.id, self.title)}
         if isinstance(rest.get("metadata"), Mapping):
             rest |= rest.pop("metadata")
-        return _checked(Record(str(name), title.strip(), text, rest, where))
+        return Record(str(name), title.strip(), text, rest, where)
+
+
+class _Lists:
+    """Documents of rows that hold lists of them, each document once."""
+
+    def __init__(self, fields: _Fields) -> None:
+        self.field = fields.text
+        self.seen = Ledger()
+
+    def __call__(self, row: Row) -> Iterator[Record]:
+        assert isinstance(row.values, Mapping)
+        contents = row.values.get(self.field)
+        if not isinstance(contents, list):
+            raise CorpusError(f"{row.where}: field {self.field!r} must be a list of documents, as on the first line")
+        for i, content in enumerate(contents):
+            where = f"{row.where}: {self.field}[{i}]"
+            if not isinstance(content, str):
+                raise CorpusError(f"{where} must be a string, not {type(content).__name__}")
+            name = hashlib.blake2b(content.encode(), digest_size=8).hexdigest()
+            if self.seen.is_new(name):
+                yield _checked(Record(name, *_split_first_line(content), {}, where))
+
+
+def _check_limit(limit: int | None) -> None:
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit ({limit}) must be at least 1")
 
 
 def _checked(record: Record) -> Record:
     if not record.text.strip():
         raise CorpusError(f"{record.where}: document {record.id!r} is empty")
+    for name, value in (("id", record.id), ("title", record.title), ("text", record.text)):
+        if not value.isascii() and any("\ud800" <= character <= "\udfff" for character in value):
+            raise CorpusError(f"{record.where}: the {name} holds half of a surrogate pair, which is no text")
     return record
-
-
-def _read_json_lines(path: Path, fields: _Fields) -> Iterator[Record]:
-    for number, where, values in _json_lines(path):
-        yield fields.record(values, str(number), where)
-
-
-def _read_lists(path: Path, fields: _Fields) -> Iterator[Record]:
-    seen: set[str] = set()
-    for _, where, values in _json_lines(path):
-        contents = values.get(fields.text)
-        if not isinstance(contents, list):
-            raise CorpusError(f"{where}: field {fields.text!r} must be a list of documents, as on the first line")
-        for i, content in enumerate(contents):
-            if not isinstance(content, str):
-                raise CorpusError(f"{where}: {fields.text}[{i}] must be a string, not {type(content).__name__}")
-            name = hashlib.blake2b(content.encode(), digest_size=8).hexdigest()
-            if name not in seen:
-                seen.add(name)
-                yield _checked(Record(name, *_split_first_line(content), {}, f"{where}: {fields.text}[{i}]"))
 
 
 def _split_first_line(content: str) -> tuple[str, str]:
@@ -166,84 +208,9 @@ def _split_first_line(content: str) -> tuple[str, str]:
     return (title, text) if short and text.strip() else ("", content)
 
 
-def _json_lines(path: Path) -> Iterator[tuple[int, str, dict[str, Any]]]:
-    with _readable(path), _open_binary(path) as lines:
-        for number, line in enumerate(lines, start=1):
-            where = f"{path}, line {number}"
-            if not line.strip():
-                continue
-            try:
-                values = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise CorpusError(f"{where} is not JSON (column {error.colno}: {error.msg})") from None
-            except UnicodeDecodeError:
-                raise CorpusError(f"{where} is not UTF-8 text") from None
-            if not isinstance(values, dict):
-                raise CorpusError(f"{where} must be a JSON object, not {type(values).__name__}")
-            yield number, where, values
-
-
-def _holds_lists(path: Path, fields: _Fields) -> bool:
-    """Whether the first line has a list of documents; a damaged file is told of when it is read."""
-    with _readable(path), _open_binary(path) as lines:
-        try:
-            values = json.loads(next(iter(lines), b"null"))
-        except ValueError:
-            return False
-    return isinstance(values, dict) and isinstance(values.get(fields.text), list)
-
-
-def _count_lines(path: Path) -> int:
-    count, last = 0, b"\n"
-    with _readable(path), _open_binary(path) as stream:
-        while chunk := stream.read(1 << 20):
-            count += chunk.count(b"\n")
-            last = chunk
-    return count + (not last.endswith(b"\n"))
-
-
-def _open_binary(path: Path) -> IO[bytes]:
-    return gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb")  # type: ignore[return-value]
-
-
-def _read_parquet(path: Path, fields: _Fields) -> Iterator[Record]:
-    import pyarrow.parquet as pq
-
-    with _readable(path), pq.ParquetFile(path) as file:
-        number = 0
-        for batch in file.iter_batches(batch_size=256):
-            for values in batch.to_pylist():
-                number += 1
-                # Through JSON and back: dates and decimals become strings, as in the stored metadata.
-                plain = json.loads(json.dumps(values, default=str))
-                yield fields.record(plain, str(number), f"{path}, row {number}")
-
-
-def _count_parquet(path: Path) -> int:
-    import pyarrow.parquet as pq
-
-    with _readable(path):
-        return int(pq.read_metadata(path).num_rows)
-
-
-def _text_files(folder: Path) -> Iterator[Path]:
-    """Text files under ``folder`` by path, without hidden files and folders."""
-    for entry in sorted(folder.iterdir()):
-        if entry.name.startswith("."):
-            continue
-        if entry.is_dir():
-            yield from _text_files(entry)
-        elif entry.suffix.lower() in _TEXT_SUFFIXES:
-            yield entry
-
-
-def _read_folder(folder: Path) -> Iterator[Record]:
-    for file in _text_files(folder):
-        with _readable(file):
-            content = file.read_text(encoding="utf-8-sig").strip()
-        title, text = _split_title(content)
-        name = file.relative_to(folder).as_posix()
-        yield _checked(Record(name, title or file.stem, text, {}, str(file)))
+def _text_record(row: Row, values: Mapping[str, Any]) -> Record:
+    title, text = _split_title(values["content"].strip())
+    return Record(row.name, title or values["stem"], text, {}, row.where)
 
 
 def _split_title(content: str) -> tuple[str, str]:
@@ -253,20 +220,3 @@ def _split_title(content: str) -> tuple[str, str]:
     if rest.strip() and heading and (first.startswith("#") or len(first) <= _LONGEST_TITLE):
         return heading, rest.strip()
     return "", content
-
-
-@contextmanager
-def _readable(path: Path) -> Iterator[None]:
-    """Say which file it is that cannot be read."""
-    import pyarrow as pa
-
-    try:
-        yield
-    except CorpusError:
-        raise
-    except UnicodeDecodeError as error:
-        raise CorpusError(f"{path} is not UTF-8 text (byte {error.start})") from None
-    except (pa.ArrowException, EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise CorpusError(f"{path} is damaged or of another format: {str(error).splitlines()[0]}") from None
-    except OSError as error:
-        raise CorpusError(f"cannot read {path}: {error.strerror or error}") from None

@@ -8,7 +8,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 from torch import Tensor
@@ -22,6 +22,9 @@ from clara_fast.store.locks import READERS_LOCK, WRITER_LOCK, ReaderPin, WriterL
 from clara_fast.store.manifest import MANIFEST_FILE, SHARD_FOLDER, Manifest, ModelFacts
 from clara_fast.store.reading import StoreReader, Writer
 from clara_fast.store.snapshot import Snapshot
+
+if TYPE_CHECKING:
+    from clara_fast.store.pooled_index import PooledIndex
 
 
 class MemoryStore(StoreReader):
@@ -128,6 +131,24 @@ class MemoryStore(StoreReader):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def build_index(self, kind: str = "IVF") -> PooledIndex:
+        """Build an index for two-stage search and keep it beside the store, in the place of an older one.
+
+        It holds the mean of each document's memory tokens; whole memories then decide among what it proposes.
+
+        Args:
+            kind: ``"IVF"`` or ``"HNSW"``, sized for this store, or a string of ``faiss.index_factory``, such as
+                ``"IVF4096,SQ8"``; ``"IVF,SQ8"`` leaves the number of lists open.
+
+        Raises:
+            ImportError: the extra ``faiss`` is missing.
+            ValueError: FAISS knows no such ``kind``, or the store holds too few documents for it.
+            StoreLockedError: another writer holds the store.
+        """
+        from clara_fast.store.pooled_index import PooledIndex
+
+        return PooledIndex.build(self, kind)
 
     def add(self, ids: Sequence[str], documents: Sequence[str | Mapping[str, Any]], memory: Tensor) -> None:
         """Write one shard of new documents.

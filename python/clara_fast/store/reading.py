@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import TYPE_CHECKING, Any, Protocol, Self
 from weakref import WeakSet
 
 import torch
@@ -23,6 +23,9 @@ from clara_fast.store.ids import Ids
 from clara_fast.store.locks import ReaderPin
 from clara_fast.store.manifest import MANIFEST_FILE, Manifest, ModelFacts
 from clara_fast.store.snapshot import Snapshot
+
+if TYPE_CHECKING:
+    from clara_fast.store.pooled_index import PooledIndex
 
 
 class Writer(Protocol):
@@ -125,7 +128,15 @@ class StoreReader:
         return self._snapshot.documents(self._snapshot.checked(rows))
 
     def search(
-        self, queries: Tensor, k: int, *, where: Where | None = None, keys: str = "memory", group: Any = None
+        self,
+        queries: Tensor,
+        k: int,
+        *,
+        where: Where | None = None,
+        keys: str = "memory",
+        group: Any = None,
+        index: PooledIndex | None = None,
+        candidates: int | None = None,
     ) -> list[list[Hit]]:
         """The ``k`` documents whose memories have the highest cosine with each query.
 
@@ -138,6 +149,8 @@ class StoreReader:
             keys: compare whole memories, or ``"pooled"``: means over the memory tokens, of queries and documents.
             group: of ``torch.distributed``: its ranks search a share of the shards each, for the same arguments, and
                 all return the same.
+            index: of :meth:`open_index`: compare only what it proposes, in time that hardly grows with the store.
+            candidates: how much it proposes for each query; default 20 for each of ``k``, and 100 at least.
 
         Returns:
             for each query its hits, best first.
@@ -145,9 +158,10 @@ class StoreReader:
         Raises:
             ValueError: ``k`` or the shape of ``queries`` is out of range, a query is not finite, ``where`` does not
                 apply, or the store keeps no pooled keys.
+            StoreError: ``index`` was built from other documents.
             StoreDamagedError: a shard cannot be read.
         """
-        scores, rows = self.topk(queries, k, where=where, keys=keys, group=group)
+        scores, rows = self.topk(queries, k, where=where, keys=keys, group=group, index=index, candidates=candidates)
         wanted = sorted(set(rows.flatten().tolist()))
         found = dict(zip(wanted, self.documents(wanted), strict=True))
         return [
@@ -156,11 +170,19 @@ class StoreReader:
         ]
 
     def topk(
-        self, queries: Tensor, k: int, *, where: Where | None = None, keys: str = "memory", group: Any = None
+        self,
+        queries: Tensor,
+        k: int,
+        *,
+        where: Where | None = None,
+        keys: str = "memory",
+        group: Any = None,
+        index: PooledIndex | None = None,
+        candidates: int | None = None,
     ) -> tuple[Tensor, Tensor]:
         """:meth:`search` without the documents: scores ``[B, k]`` float32, descending; rows ``[B, k]`` int64.
 
-        Exact over all shards; equal scores go to the lower row. Both are on the CPU.
+        Exact over all shards, unless there is an ``index``; equal scores go to the lower row. Both are on the CPU.
         """
         snapshot = self._snapshot
         queries = self._flat_queries(queries, keys)
@@ -168,10 +190,50 @@ class StoreReader:
             raise ValueError(f"k ({k}) must be at least 1")
         if k > len(self):
             raise ValueError(f"k ({k}) must be at most the number of documents ({len(self)})")
+        if index is not None:
+            if where is not None or keys != "memory" or group is not None:
+                raise ValueError("a search with an index takes no where, keys or group: it is exact search that does")
+            return index.topk(snapshot, queries, k, candidates)
+        if candidates is not None:
+            raise ValueError(f"candidates ({candidates}) is for a search with an index")
         masks = allowed(snapshot, where) if where is not None else None
         if masks is not None:
             k = min(k, sum(int(mask.sum()) for mask in masks))
         return search.topk(snapshot, queries, k, source=self._keys, kind=keys, allowed=masks, group=group)
+
+    def open_index(self, *, effort: int | None = None) -> PooledIndex:
+        """The index beside the store. Only read one that was built here: FAISS trusts the files it reads.
+
+        Args:
+            effort: lists that a search visits (IVF), or neighbours (HNSW); more find more, and take longer.
+
+        Raises:
+            ImportError: the extra ``faiss`` is missing.
+            StoreError: there is none, or it was built from other documents.
+            StoreDamagedError: it is not what was written.
+        """
+        from clara_fast.store.pooled_index import PooledIndex
+
+        return PooledIndex.open(self).with_effort(effort)
+
+    def as_retriever(
+        self, model: Writer, framework: str = "langchain", *, k: int = 5, parents: bool = False, **options: Any
+    ) -> Any:
+        """This store as a retriever of ``"langchain"`` or ``"llamaindex"`` (extras of these names).
+
+        Args:
+            model: encodes the questions (a :class:`clara_fast.Clara`).
+            k: documents for each question, at most.
+            parents: give whole documents in the place of their chunks, each once, and so perhaps fewer than ``k``.
+            options: of :meth:`search`: ``where``, ``index``, ``candidates``, ...
+
+        Raises:
+            ImportError: the framework is missing.
+            StoreMismatchError: another model wrote the store.
+        """
+        from clara_fast.store.retrievers import make_retriever
+
+        return make_retriever(self, model, framework, k, parents, options)
 
     def to(self, device: torch.device | str, *, resident_bytes: int | None = None) -> Self:
         """Search on ``device`` from now on; results stay on the CPU.

@@ -24,12 +24,14 @@ class RoleLinear(Linear):
             return super().forward(x, *args, **kwargs)
         if not isinstance(role, str) or role not in self.lora_A:
             return super().forward(x)
-        down, up, scaling = self.lora_A[role].weight, self.lora_B[role].weight, self.scaling[role]
-        base = self.base_layer
+        down: Any = self.lora_A[role].weight
+        up: Any = self.lora_B[role].weight
+        base: Any = self.base_layer
+        scaling = self.scaling[role]
         rows = x.reshape(-1, x.shape[-1])
-        if not torch.is_grad_enabled() and _merging_pays(len(rows), base.weight, up) and not _autocasts(x):
+        if not torch.is_grad_enabled() and _merging_pays(rows.shape[0], base.weight, up) and not _autocasts(x):
             out = F.linear(rows, torch.addmm(base.weight, up, down, alpha=scaling), base.bias)
-        elif len(rows) < len(down) and base.weight.dtype != down.dtype:
+        elif rows.shape[0] < down.shape[0] and base.weight.dtype != down.dtype:
             return super().forward(x)  # a cast of the rows costs less than one of the adapters
         else:
             out = base(rows)

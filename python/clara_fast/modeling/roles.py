@@ -115,7 +115,8 @@ class _RoleSwitch:
         role = kwargs.pop("clara_role", NO_ROLE)
         for adapter in self.adapters:
             # Not set_adapter(): that would change requires_grad. An unknown name means the bare base layer.
-            adapter._active_adapter = role
+            if adapter._active_adapter != role:
+                adapter._active_adapter = role
         return args, kwargs
 
 

@@ -1,5 +1,6 @@
 // compressed_context_attention, forward: a task is a block of a segment's rows with one key head. A few rows
 // on many keys, as in decoding, are shared out by keys too.
+#include <array>
 #include <cmath>
 #include <cstring>
 
@@ -52,17 +53,17 @@ Blocks blocks_of(const Layout& layout, int64_t groups) {
 
 }  // namespace
 
-void compressed_context_attention_forward(Tensor query_, Tensor key_, Tensor value_, Tensor q_start,
-                                          Tensor q_len, Tensor kv_start, Tensor kv_len, Tensor contexts,
-                                          double scale, Tensor out_, std::optional<Tensor> lse_) {
+Tensor compressed_context_attention_forward(Tensor query_, Tensor key_, Tensor value_, Tensor q_start,
+                                            Tensor q_len, Tensor kv_start, Tensor kv_len, Tensor contexts,
+                                            double scale, std::optional<Tensor> lse_) {
   const Storage storage = storage_of(query_, "query");
   for (Tensor* tensor : {&query_, &key_, &value_}) make_dense(*tensor);
   const HeadsOf query(query_, "query", storage);
   const HeadsOf key(key_, "key", storage);
   const HeadsOf value(value_, "value", storage);
-  const HeadsOf out(out_, "out", storage);
   const AttentionShape shape = attention_shape(query, key, value, scale);
-  check_shape(out_, "out", {query.rows, query.heads, value.size});
+  Tensor out_ = new_large(query_, std::array<int64_t, 3>{query.rows, query.heads, value.size});
+  const HeadsOf out(out_, "out", storage);
   if (lse_.has_value()) {
     check_shape(*lse_, "lse", {query.rows, query.heads});
     check_type(*lse_, "lse", ScalarType::Float);
@@ -115,6 +116,7 @@ void compressed_context_attention_forward(Tensor query_, Tensor key_, Tensor val
       loops.merge(shape, task, task.partial, block.shares);
     }
   }
+  return out_;
 }
 
 }  // namespace clara_fast::cpu

@@ -30,9 +30,9 @@ std::tuple<Tensor, Tensor, Tensor> select_memory_backward(Tensor grad_selected, 
                                                           double taken_logit, std::optional<Tensor> valid);
 
 // Both write into their last arguments.
-void compressed_context_attention_forward(Tensor query, Tensor key, Tensor value, Tensor q_start,
-                                          Tensor q_len, Tensor kv_start, Tensor kv_len, Tensor contexts,
-                                          double scale, Tensor out, std::optional<Tensor> lse);
+Tensor compressed_context_attention_forward(Tensor query, Tensor key, Tensor value, Tensor q_start,
+                                            Tensor q_len, Tensor kv_start, Tensor kv_len, Tensor contexts,
+                                            double scale, std::optional<Tensor> lse);
 
 void compressed_context_attention_backward(Tensor grad_out, std::optional<Tensor> grad_lse, Tensor query,
                                            Tensor key, Tensor value, Tensor out, Tensor lse, Tensor q_start,

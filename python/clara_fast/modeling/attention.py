@@ -6,10 +6,11 @@ is a :class:`ContextLayout`:
 - those given one as the keyword ``clara_layout``, as :class:`clara_fast.Clara` does;
 - packed sequences, told by ``position_ids`` that start again (``DataCollatorWithFlattening``) or by ``cu_seq_lens_q``
   and ``cu_seq_lens_k``: where sdpa fills a mask of rows times rows, and computes what it hides, this computes neither;
-- on a CPU, prefill and training of a padded batch, for the same reason.
+- on a CPU, where the op is faster, every other batch, padded or not, in prefill, in training, and in decode over a
+  cache (of any kind, also within a sliding window): each new token reads one run of its sample's keys.
 
-Every other pass (an unpadded batch, decode over a cache, a window shorter than a sequence) goes to the library's
-scaled-dot-product kernel. Padding rows come out as zeros.
+Every other pass (a mask with holes, many tokens over a cache, a prompt longer than a window, a GPU's plain batches)
+goes to the library's scaled-dot-product kernel. Padding rows come out as zeros.
 """
 
 from __future__ import annotations
@@ -51,14 +52,22 @@ def clara_fast_attention(
             f'{IMPLEMENTATION} attention has no weights to give: load the model with attn_implementation="eager" '
             "for output_attentions"
         )
+    reads: _CacheReads | None = getattr(attention_mask, "clara_cache", None)
+    if reads is not None:
+        _refuse({"dropout": dropout, "position_bias": kwargs.get("position_bias")}, "decoding")
+        return reads.attention(query, key, value, scaling), None
     bounds = kwargs.get("cu_seq_lens_q"), kwargs.get("cu_seq_lens_k")
     layout = clara_layout if clara_layout is not None else getattr(attention_mask, "clara_layout", None)
+    unpadded: ContextLayout | None = getattr(attention_mask, "clara_unpadded", None)
+    attention_mask = attention_mask if unpadded is None else None
     if layout is None and attention_mask is None:
         layout = _layout_of_bounds(*bounds)
         if layout is None and query.shape[2] == key.shape[2]:
             layout = _layout_of_positions(kwargs.get("position_ids"))
     elif layout is None and bounds[0] is not None and attention_mask is not None and query.shape[2] == key.shape[2]:
         attention_mask = _mask_within(attention_mask, bounds[0])
+    # Only now: whoever made the mask may not have known that the batch is packed.
+    layout = unpadded if layout is None else layout
     if layout is None:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
@@ -131,18 +140,28 @@ def clara_fast_mask(
     **options: Any,
 ) -> Tensor | None:
     """The mask of one kind of layer, as ``sdpa_mask`` makes it, or :func:`packed_mask` with a layout in its place."""
+    traced = use_vmap or torch.compiler.is_compiling() or torch.jit.is_tracing()
+    on_cpu = torch.device(device).type == "cpu"
+    # Dropout is sdpa's.
+    ours = not traced and not getattr(options.get("config"), "attention_dropout", None)
     square = isinstance(q_offset, int) and q_offset == kv_offset == 0 and q_length == kv_length > 1
-    if square and not use_vmap and not torch.compiler.is_compiling() and not torch.jit.is_tracing():
-        layout = None
-        # Only the mask's maker knows that a batch is packed, and then allows no skipping and has no padding.
-        if attention_mask is None and not allow_is_causal_skip:
-            layout = _layout_of_mask(mask_function, torch.ones(batch_size, q_length, dtype=torch.bool, device=device))
-        elif attention_mask is not None and _is_padded_on_cpu(attention_mask, batch_size, q_length):
-            layout = _layout_of_mask(mask_function, attention_mask)
-        # Dropout is sdpa's.
-        if layout is not None and not getattr(options.get("config"), "attention_dropout", None):
-            return packed_mask(layout.q_start, layout)
-    return sdpa_mask(
+    if ours and square:
+        if attention_mask is None:
+            rows = torch.ones(batch_size, q_length, dtype=torch.bool, device=device)
+            # Only the mask's maker knows that a batch is packed, and then allows no skipping and has no padding.
+            packed = not allow_is_causal_skip
+            layout = _layout_of_mask(mask_function, rows) if packed or on_cpu else None
+        else:
+            packed = False
+            one_run = on_cpu and _is_one_run(attention_mask, batch_size, q_length)
+            layout = _layout_of_mask(mask_function, attention_mask) if one_run else None
+        if layout is not None:
+            unpadded = not packed and layout.num_segments == batch_size and _is_whole(attention_mask, q_length)
+            return packed_mask(layout.q_start, layout, unpadded=unpadded)
+    decodes = ours and on_cpu and q_length == 1
+    if decodes and mask_function is causal_mask_function and _is_whole(attention_mask, end := int(q_offset) + 1):
+        return _CacheReads([0] * batch_size, [end - kv_offset] * batch_size).mask()
+    mask = sdpa_mask(
         batch_size=batch_size,
         q_length=q_length,
         kv_length=kv_length,
@@ -150,16 +169,64 @@ def clara_fast_mask(
         kv_offset=kv_offset,
         mask_function=mask_function,
         attention_mask=attention_mask,
-        allow_is_causal_skip=allow_is_causal_skip,
+        allow_is_causal_skip=allow_is_causal_skip and not decodes,
         use_vmap=use_vmap,
         device=device,
         **options,
     )
+    reads = _CacheReads.of_mask(mask[:, 0, 0]) if decodes and mask is not None else None
+    return mask if reads is None else reads.mask()
 
 
-def _is_padded_on_cpu(mask: Tensor, batch_size: int, rows: int) -> bool:
-    """Whether there is padding, around one run of tokens in each sample."""
-    if mask.device.type != "cpu" or mask.shape != (batch_size, rows) or bool(mask.all()):
+class _CacheReads:
+    """Which rows of its cache the new token of each sample reads: ``starts[b]`` and ``lengths[b]`` more."""
+
+    def __init__(self, starts: list[int], lengths: list[int]) -> None:
+        self.starts, self.lengths = starts, lengths
+        self._layouts: dict[tuple[int, int], ContextLayout] = {}
+
+    @classmethod
+    def of_mask(cls, visible: Tensor) -> _CacheReads | None:
+        """Of ``visible [B, rows]``, bool; None where what a sample reads has holes."""
+        lengths = visible.sum(1)
+        starts = visible.int().argmax(1)
+        ends = visible.shape[1] - visible.flip(1).int().argmax(1)
+        if bool(((ends - starts != lengths) & (lengths > 0)).any()):
+            return None
+        return cls(starts.tolist(), lengths.tolist())
+
+    def mask(self) -> Tensor:
+        mask = packed_mask(torch.empty(0))
+        mask.clara_cache = self  # type: ignore[attr-defined]
+        return mask
+
+    def attention(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
+        """``query [B, Hq, 1, E]`` over the cache ``[B, Hkv, rows, E]``, read where it lies: out ``[B, 1, Hq, Ev]``."""
+        batch, heads, rows, size = key.shape
+        layout = self._layouts.get((heads, rows))
+        if layout is None:  # in the first layer
+            layout = self._layouts[heads, rows] = self._by_heads(heads, rows)
+        query = query.reshape(batch * heads, -1, size)
+        key, value = (states.reshape(batch * heads * rows, 1, -1) for states in (key, value))
+        return compressed_context_attention(query, key, value, layout, scale=scale).view(batch, 1, -1, value.shape[2])
+
+    def _by_heads(self, heads: int, rows: int) -> ContextLayout:
+        """Every key head of a sample is a segment of its own, its query heads the heads of one row."""
+        samples = [b for b in range(len(self.starts)) for _ in range(heads)]
+        starts = [segment * rows + self.starts[b] for segment, b in enumerate(samples)]
+        lengths = [self.lengths[b] for b in samples]
+        tensors = (torch.tensor(v, dtype=torch.int32) for v in ([*range(len(samples))], [1] * len(samples)))
+        return _packed_layout(*tensors, *(torch.tensor(v, dtype=torch.int32) for v in (starts, lengths)))
+
+
+def _is_whole(mask: Tensor | None, rows: int) -> bool:
+    """Whether nothing of the first ``rows`` keys is padding."""
+    return mask is None or (mask.dim() == 2 and mask.shape[1] >= rows and bool(mask[:, :rows].all()))
+
+
+def _is_one_run(mask: Tensor, batch_size: int, rows: int) -> bool:
+    """Whether the tokens of each sample are one run, with padding only around it."""
+    if mask.shape != (batch_size, rows):
         return False
     return int(mask.diff(dim=1).sum(1).add(mask[:, 0]).add(mask[:, -1]).max()) <= 2
 
@@ -189,11 +256,14 @@ def _layout_of_mask(mask_function: Callable, valid: Tensor) -> ContextLayout | N
     return _packed_layout(start, length, start, length)
 
 
-def packed_mask(like: Tensor, layout: ContextLayout | None = None) -> Tensor:
-    """A mask that says nothing itself: transformers passes four-dimensional masks through as they are."""
+def packed_mask(like: Tensor, layout: ContextLayout | None = None, *, unpadded: bool = False) -> Tensor:
+    """A mask that says nothing itself: transformers passes four-dimensional masks through as they are.
+
+    The layout of an ``unpadded`` batch gives way to what the attention's other arguments say.
+    """
     mask = torch.empty(1, 1, 0, 0, device=like.device, dtype=torch.bool)
     if layout is not None:
-        mask.clara_layout = layout  # type: ignore[attr-defined]
+        setattr(mask, "clara_unpadded" if unpadded else "clara_layout", layout)
     return mask
 
 

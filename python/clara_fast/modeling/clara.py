@@ -364,12 +364,14 @@ class Clara(nn.Module):
     def inference(self) -> Iterator[None]:
         """No gradients and no dropout inside; the mode is put back afterwards."""
         training = self.training
-        self.eval()
+        if training:
+            self.eval()
         try:
             with torch.no_grad():
                 yield
         finally:
-            self.train(training)
+            if training:
+                self.train()
 
     # Training
 

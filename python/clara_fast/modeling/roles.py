@@ -21,6 +21,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from clara_fast.modeling.config import LoraSettings
+from clara_fast.modeling.lora import use_role_linears
 
 Role = Literal["compressor", "query_reasoner", "generator"]
 ROLES: tuple[Role, ...] = get_args(Role)
@@ -46,6 +47,7 @@ def add_role(lm: nn.Module, role: Role, settings: LoraSettings) -> None:
         # peft wonders about several adapters on one model; they are the point here.
         warnings.filterwarnings("ignore", message="Already found a `peft_config`")
         inject_adapter_in_model(lora_config(settings), lm, adapter_name=role)
+    use_role_linears(lm)
     for name, parameter in lm.named_parameters():
         if f".lora_A.{role}." in name or f".lora_B.{role}." in name:
             # Adam's steps on bfloat16 weights would round away.
@@ -113,7 +115,8 @@ class _RoleSwitch:
         role = kwargs.pop("clara_role", NO_ROLE)
         for adapter in self.adapters:
             # Not set_adapter(): that would change requires_grad. An unknown name means the bare base layer.
-            adapter._active_adapter = role
+            if adapter._active_adapter != role:
+                adapter._active_adapter = role
         return args, kwargs
 
 

@@ -78,14 +78,12 @@ def _forward(
     if triton := _triton_kernels(query, key, value):
         return triton.compressed_context_attention_fwd(query, key, value, [x.contiguous() for x in layout], scale)
     rows, q_heads, _ = query.shape
-    out = query.new_empty((rows, q_heads, value.shape[2]))
     lse = query.new_empty((rows, q_heads), dtype=_accumulate_dtype(query.dtype))
     if kernel := _library.native_kernel("compressed_context_attention_forward", query, key, value):
-        kernel(query, key, value, *layout, scale, out, lse)
-        return out, lse
+        return kernel(query, key, value, *layout, scale, lse), lse
     if query.is_cpu:
         ContextLayout(*layout).validate(rows, key.shape[0])
-    out.zero_()
+    out = query.new_zeros((rows, q_heads, value.shape[2]))
     lse.fill_(-math.inf)
     heads = key.shape[1]
     for segment, keys, hidden in _segments(layout):
@@ -183,11 +181,13 @@ _op = _library.define(
 
 def _check(query: Tensor, key: Tensor, value: Tensor) -> None:
     q_shape, k_shape, v_shape, dtype = query.shape, key.shape, value.shape, query.dtype
-    for name, tensor, shape in (("query", query, q_shape), ("key", key, k_shape), ("value", value, v_shape)):
-        if len(shape) != 3:
-            raise ValueError(f"{name} must have 3 dimensions [rows, heads, size], got {list(shape)}")
-        if tensor.dtype is not dtype or dtype not in _library.FLOAT_DTYPES:
-            raise ValueError(f"{name} must be floating point like query ({dtype}), got {tensor.dtype}")
+    alike = dtype in _library.FLOAT_DTYPES and key.dtype is dtype and value.dtype is dtype
+    if not (alike and len(q_shape) == len(k_shape) == len(v_shape) == 3):
+        for name, tensor in (("query", query), ("key", key), ("value", value)):
+            if tensor.dim() != 3:
+                raise ValueError(f"{name} must have 3 dimensions [rows, heads, size], got {list(tensor.shape)}")
+            if tensor.dtype is not dtype or dtype not in _library.FLOAT_DTYPES:
+                raise ValueError(f"{name} must be floating point like query ({dtype}), got {tensor.dtype}")
     if k_shape[0] != v_shape[0] or k_shape[1] != v_shape[1]:
         raise ValueError(f"value rows and heads {list(v_shape[:2])} must be those of key {list(k_shape[:2])}")
     if q_shape[2] == 0:
@@ -225,22 +225,18 @@ def compressed_context_attention(
     if not isinstance(layout, ContextLayout):
         raise TypeError(f"layout must be a ContextLayout, got {type(layout).__name__}")
     _library.check_tensors("query key value layout", query, key, value, layout.q_len)
-    device = query.device.type
-    if device != "meta" and torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
+    if _library.autocasts(query):
+        dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     _check(query, key, value)
     if scale is None:
         scale = query.shape[2] ** -0.5
     if not -math.inf < scale < math.inf:
         raise ValueError(f"scale ({scale}) must be finite")
-    _library.refuse_transforms("compressed_context_attention", query, key, value)
     tensors = layout.tensors()
     if not _library.is_plain_inference(query):
+        _library.refuse_transforms("compressed_context_attention", query, key, value)
         return _op(query, key, value, *tensors, scale)[0]
     if kernel := _library.native_kernel("compressed_context_attention_forward", query, key, value):
-        rows, heads, _ = query.shape
-        out = query.new_empty((rows, heads, value.shape[2]))
-        kernel(query, key, value, *tensors, scale, out, None)
-        return out
+        return kernel(query, key, value, *tensors, scale, None)
     return _forward(query, key, value, *tensors, scale)[0]

@@ -220,16 +220,16 @@ def _check(
     taken_logit: float,
     valid: Tensor | None,
 ) -> None:
-    if query.dim() != 2 or query.dtype not in _library.FLOAT_DTYPES:
+    q_shape, k_shape, m_shape, dtype = query.shape, keys.shape, memory.shape, query.dtype
+    if len(q_shape) != 2 or dtype not in _library.FLOAT_DTYPES:
         raise ValueError(f"query must be floating point [B, R], got {query.dtype} {list(query.shape)}")
-    b, n, r = keys.shape if keys.dim() == 3 else (-1, -1, -1)
-    if query.shape != (b, r):
+    b, n, r = k_shape if len(k_shape) == 3 else (-1, -1, -1)
+    if q_shape != (b, r):
         raise ValueError(
             f"keys must have shape [B, N, R] with B = {query.shape[0]} and R = {query.shape[1]}, got {list(keys.shape)}"
         )
-    if memory.dim() != 4 or memory.shape[:2] != (b, n):
+    if len(m_shape) != 4 or m_shape[0] != b or m_shape[1] != n:
         raise ValueError(f"memory must have shape [B, N, m, D] with [B, N] = {[b, n]}, got {list(memory.shape)}")
-    dtype = query.dtype
     if keys.dtype is not dtype or memory.dtype is not dtype:
         raise ValueError(f"keys and memory must have the dtype of query ({dtype}), got {keys.dtype}, {memory.dtype}")
     if valid is not None:
@@ -281,11 +281,11 @@ def select_memory(
         TypeError, ValueError: on shapes, dtypes or values that do not fit.
     """
     _library.check_tensors("query keys memory", query, keys, memory)
-    device = query.device.type
-    if device != "meta" and torch.is_autocast_enabled(device):
+    if _library.autocasts(query):
         dtype = torch.promote_types(torch.promote_types(query.dtype, keys.dtype), memory.dtype)
         query, keys, memory = query.to(dtype), keys.to(dtype), memory.to(dtype)
     _check(query, keys, memory, k, temperature, taken_logit, valid)
+    if _library.is_plain_inference(query):
+        return _forward(query, keys, memory, k, temperature, taken_logit, valid)
     _library.refuse_transforms("select_memory", query, keys, memory)
-    run = _forward if _library.is_plain_inference(query) else _op
-    return run(query, keys, memory, k, temperature, taken_logit, valid)
+    return _op(query, keys, memory, k, temperature, taken_logit, valid)

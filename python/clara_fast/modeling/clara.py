@@ -24,6 +24,7 @@ from clara_fast.modeling.connector import Connector
 from clara_fast.modeling.packing import PackedDocuments, PackedPrompts, batches_by_tokens, pack_documents
 from clara_fast.modeling.prompts import Prompts
 from clara_fast.modeling.roles import Role
+from clara_fast.modeling.sharding import is_sharded, whole
 from clara_fast.modeling.text import TextEncoder
 
 TRAINABLE_PARTS = (*roles.ROLES, "memory_tokens", "connector")
@@ -87,6 +88,8 @@ class Clara(nn.Module):
             self.connector.requires_grad_(False)
         # Whether the base's own embedding rows were changed, as a foreign checkpoint may have it.
         self.own_tables = False
+        # What FSDP shards by itself: transformers' name, read by accelerate.
+        self._no_split_modules = getattr(lm, "_no_split_modules", None)
         self.roles: set[str] = set()
         self.trainable: frozenset[str] = frozenset()
         self._checkpointing = False
@@ -157,17 +160,22 @@ class Clara(nn.Module):
         return load_model(cls, name_or_path, subfolder, base_model, dtype, device, revision, compression_rate)
 
     def save_pretrained(
-        self, path: str | Path, *, format: str = "clara_fast", adapter_dtype: torch.dtype = torch.bfloat16
+        self,
+        path: str | Path,
+        *,
+        format: str = "clara_fast",
+        adapter_dtype: torch.dtype = torch.bfloat16,
+        is_main_process: bool = True,
     ) -> None:
         """Write the model (without its base) to ``path``: a new folder appears whole, files in an old one one by one.
 
         ``format="clara_fast"``: one folder per role that peft can load, ``memory.safetensors``, ``config.json``,
         ``prompts.json`` and the tokenizer. ``format="ml-clara"``: the reference's files. Adapters are written in
-        ``adapter_dtype``.
+        ``adapter_dtype``. Of several processes only the main one writes, but all must call if FSDP2 sharded the model.
         """
         from clara_fast.modeling.checkpoint import save_model
 
-        save_model(self, Path(path), format, adapter_dtype)
+        save_model(self, Path(path), format, adapter_dtype, is_main_process)
 
     # Parts
 
@@ -263,12 +271,14 @@ class Clara(nn.Module):
                 [c.doc_max_length, c.compression_rate, c.memory_positions, c.distinct_memory_tokens, c.hidden_size]
             ).encode()
         )
-        table = self.lm.get_input_embeddings().weight
+        table = whole(self.lm.get_input_embeddings().weight)
         parts = [table[:64], table[self.text.added_ids], self.memory_embeddings]
         parts += [parameter for _, parameter in sorted(roles.role_parameters(self.lm, "compressor").items())]
         parts += list(self.connector.parameters()) if self.connector is not None else []
         for part in parts:
-            digest.update(part.detach().to(torch.bfloat16).cpu().contiguous().view(torch.int16).numpy().tobytes())
+            digest.update(
+                whole(part.detach()).to(torch.bfloat16).cpu().contiguous().view(torch.int16).numpy().tobytes()
+            )
         return digest.hexdigest()[:16]
 
     # Documents and questions to memories
@@ -358,13 +368,23 @@ class Clara(nn.Module):
 
     @contextmanager
     def inference(self) -> Iterator[None]:
-        """No gradients and no dropout inside; the mode is put back afterwards."""
+        """No gradients and no dropout inside; the mode is put back afterwards.
+
+        FSDP2 gathers what lies outside the decoder layers (embeddings, memory tokens, connector, head) only in
+        :meth:`forward`; inside, it stays gathered, so that every method works. All processes must come along.
+        """
         training = self.training
+        sharded: Any = self if is_sharded(self.memory_embeddings) else None
         self.eval()
         try:
             with torch.no_grad():
+                if sharded is not None:
+                    self()  # of nothing: FSDP2 sets itself up in the first forward of the whole
+                    sharded.unshard()
                 yield
         finally:
+            if sharded is not None:
+                sharded.reshard()
             self.train(training)
 
     # Training

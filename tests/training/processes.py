@@ -8,26 +8,36 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
+import traceback
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.state import AcceleratorState, DistributedType, PartialState
 
-import clara_fast.modeling.checkpoint
-import clara_fast.store
 import clara_fast.training as training
 from clara_fast import Clara, MemoryStore
 from clara_fast.data import QuestionSample, ScpSample
 from clara_fast.modeling import roles
-from clara_fast.modeling.sharding import whole
+from clara_fast.modeling.sharding import is_sharded, whole
 from tests.modeling.tiny import DOCUMENTS
 
 TEXTS = [document[: 30 + 5 * i] for i, document in enumerate(DOCUMENTS)]
-ANSWERS = ["red", "a long way from here", "wood", "it was not said by whom", "1890", "nobody knows", "up", "two of them"]
+ANSWERS = [
+    "red",
+    "a long way from here",
+    "wood",
+    "it was not said by whom",
+    "1890",
+    "nobody knows",
+    "up",
+    "two of them",
+]
 SCP = [
     ScpSample(f"s{i}", TEXTS[i], [answer, ANSWERS[i - 1]][: 1 + i % 2], ["Which colour?", "Who?"][: 1 + i % 2])
     for i, answer in enumerate(ANSWERS)
@@ -68,8 +78,15 @@ def run_all(folder: Path, runs: list[Run], timeout: int = 240) -> None:
     (folder / "runs.json").write_text(json.dumps([vars(run) for run in runs]))
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-m", "tests.training.processes", str(folder)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+    with subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    ) as process:
+        try:
+            printed, _ = process.communicate(timeout=timeout)
+        except BaseException:
+            os.killpg(process.pid, signal.SIGKILL)  # with what it forked
+            raise
+    assert process.returncode == 0, printed[-6000:]
 
 
 def result(folder: Path, name: str, rank: int = 0) -> dict[str, Any]:
@@ -101,12 +118,16 @@ def make_trainer(folder: Path, run: Run) -> Any:
         return training.ScpTrainer(model, training.ScpTrainingArguments(**settings), SCP, SCP)
     if run.stage == "instruct":
         settings["fresh_generator"] = False
-        return training.InstructionTrainer(model, training.InstructionTrainingArguments(**settings), QUESTIONS, QUESTIONS)
+        return training.InstructionTrainer(
+            model, training.InstructionTrainingArguments(**settings), QUESTIONS, QUESTIONS
+        )
     if run.stage == "retriever":
         samples = [training.RetrieverSample(f"r{i}", s.question, [i]) for i, s in enumerate(QUESTIONS)]
         # As many negatives as the store has: then a question's loss is the same in every batch.
         settings["negatives"] = len(TEXTS)
-        return training.RetrieverTrainer(model, store, training.RetrieverTrainingArguments(**settings), samples, samples)
+        return training.RetrieverTrainer(
+            model, store, training.RetrieverTrainingArguments(**settings), samples, samples
+        )
     settings |= {"top_k": 2, "num_candidates": 3, "candidates": "search" if run.stage == "search" else "data"}
     settings |= {"search_every": 2}
     arguments = training.JointTrainingArguments(**settings)
@@ -146,6 +167,7 @@ def train(folder: Path, run: Run) -> dict[str, Any]:
     found["losses"] = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     found["norms"] = [entry["grad_norm"] for entry in trainer.state.log_history if "loss" in entry]
     trained = [(n, p) for n, p in trainer.accelerator.unwrap_model(trainer.model).named_parameters() if p.requires_grad]
+    found["sharded"] = all(is_sharded(parameter) for _, parameter in trained)
     found["weights"] = {name: whole(parameter.detach()).clone() for name, parameter in trained}
     return found
 
@@ -194,10 +216,25 @@ def main(folder: Path) -> None:
             sys.exit(f"run {run.name} failed")
 
 
-def start(folder: Path, run: Run, rank: int, port: int) -> None:
-    import traceback
+def let_processors_shard() -> None:
+    """accelerate turns FSDP on for accelerators only: let it do for CPUs what it does for those.
 
+    torch itself shards on CPUs, over gloo.
+    """
+    init = AcceleratorState.__init__
+
+    def initialised(self: AcceleratorState, *args: Any, fsdp_plugin: Any = None, **options: Any) -> None:
+        init(self, *args, fsdp_plugin=fsdp_plugin, **options)
+        if fsdp_plugin is not None and self.distributed_type == DistributedType.MULTI_CPU:
+            self.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+            self.fsdp_plugin = fsdp_plugin
+
+    AcceleratorState.__init__ = initialised
+
+
+def start(folder: Path, run: Run, rank: int, port: int) -> None:
     torch.set_num_threads(1)
+    let_processors_shard()
     if run.world > 1:
         names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": run.world, "LOCAL_WORLD_SIZE": run.world}
         os.environ |= {name: str(value) for name, value in names.items()}

@@ -77,9 +77,11 @@ def scp(
 
     Evaluation prints the answer loss under four contexts: the passage's memory, another passage's, none, the full text.
     """
+    from transformers import set_seed
+
     from clara_fast.data import read_scp
     from clara_fast.modeling import Clara
-    from clara_fast.training import ScpTrainer, ScpTrainingArguments
+    from clara_fast.training import ScpTrainer, ScpTrainingArguments, checkpoints
 
     if (base is None) == (model is None):
         raise ValueError("give exactly one of --base and --model")
@@ -90,6 +92,7 @@ def scp(
     if model is not None:
         clara = Clara.from_pretrained(model, base_model=base_model, dtype=dtype, compression_rate=compression_rate)
     else:
+        set_seed(seed)  # the fresh adapters are the same in every process, and when a run starts again
         clara = Clara.from_base(
             str(base),
             doc_max_length=doc_max_length,
@@ -99,7 +102,7 @@ def scp(
             connector=connector,
             memory_positions="spread" if spread else "after",
         )
-        if connector and _last_checkpoint(out) is None:
+        if connector and checkpoints.last_checkpoint(out) is None:
             clara.calibrate_connector([s.document for s in samples[:CALIBRATION_PASSAGES]])
     settings = {
         **_common(
@@ -111,8 +114,8 @@ def scp(
         **arguments_of(context),
     }
     arguments = make_arguments(ScpTrainingArguments, settings, config)
-    _run(ScpTrainer(clara, arguments, samples, held_out), out, json)
-    note(f"saved to {out}; next: clara-fast compress CORPUS --model {out} --out STORE")
+    trainer = ScpTrainer(clara, arguments, samples, held_out)
+    _run(trainer, out, json, f"clara-fast compress CORPUS --model {out} --out STORE")
 
 
 @app.command("retriever")
@@ -156,8 +159,8 @@ def retriever(
         **arguments_of(context),
     }
     arguments = make_arguments(RetrieverTrainingArguments, settings, config)
-    _run(RetrieverTrainer(clara, memories, arguments, questions, held_out), out, json)
-    note(f'saved to {out}; next: clara-fast ask {store} "QUESTION" --model {out}')
+    trainer = RetrieverTrainer(clara, memories, arguments, questions, held_out)
+    _run(trainer, out, json, f'clara-fast ask {store} "QUESTION" --model {out}')
 
 
 @app.command("instruct")
@@ -207,8 +210,8 @@ def instruct(
     }
     arguments = make_arguments(InstructionTrainingArguments, settings, config)
     clara = Clara.from_pretrained(model, base_model=base_model, dtype=dtype)
-    _run(InstructionTrainer(clara, arguments, samples, held_out), out, json)
-    note(f"saved to {out}; next: clara-fast compress QUESTIONS --text-field docs --model {out} --out STORE")
+    trainer = InstructionTrainer(clara, arguments, samples, held_out)
+    _run(trainer, out, json, f"clara-fast compress QUESTIONS --text-field docs --model {out} --out STORE")
 
 
 @app.command("joint")
@@ -271,8 +274,8 @@ def joint(
     arguments = make_arguments(JointTrainingArguments, settings, config)
     clara = Clara.from_pretrained(model, base_model=base_model, dtype=dtype)
     memories = MemoryStore.open(store, clara) if store is not None else None
-    _run(JointTrainer(clara, arguments, samples, held_out, store=memories), out, json)
-    note(f'saved to {out}; next: clara-fast ask {store or "STORE"} "QUESTION" --model {out}')
+    trainer = JointTrainer(clara, arguments, samples, held_out, store=memories)
+    _run(trainer, out, json, f'clara-fast ask {store or "STORE"} "QUESTION" --model {out}')
 
 
 @app.command("configs")
@@ -329,17 +332,18 @@ def _reports(names: str) -> list[str]:
     return wanted or ["none"]
 
 
-def _run(trainer: Any, out: Path, json: bool) -> None:
+def _run(trainer: Any, out: Path, json: bool, then: str) -> None:
     """Train, going on from the last checkpoint in ``out`` if there is one, and save the model there."""
+    from clara_fast.training.checkpoints import last_checkpoint
+
+    last = last_checkpoint(out)
     # The Trainer logs to stdout, which is for results.
     with contextlib.redirect_stdout(sys.stderr):
-        trainer.train(resume_from_checkpoint=_last_checkpoint(out))
-    trainer.model.save_pretrained(out)
+        trainer.train(resume_from_checkpoint=str(last) if last else None)
+    first = trainer.is_world_process_zero()
+    trainer.model.save_pretrained(out, is_main_process=first)
+    if not first:
+        return
     if json:
         print_json({"model": str(out), "steps": trainer.state.global_step, "log": trainer.state.log_history})
-
-
-def _last_checkpoint(out: Path) -> str | None:
-    """The latest checkpoint that is whole: the Trainer writes its state file last, and a kill may come before."""
-    whole = [file.parent for file in out.glob("checkpoint-*/trainer_state.json")]
-    return str(max(whole, key=lambda folder: int(folder.name.rpartition("-")[2]))) if whole else None
+    note(f"saved to {out}; next: {then}")

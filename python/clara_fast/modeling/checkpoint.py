@@ -38,7 +38,9 @@ def load_base(
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        # torchrun gives every process on a machine a GPU of its own.
+        own_gpu = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        device = own_gpu if torch.cuda.is_available() else "cpu"
     try:
         lm: Any = AutoModelForCausalLM.from_pretrained(base_model, dtype=dtype, attn_implementation=IMPLEMENTATION)
         own = saved is not None and (saved / "tokenizer_config.json").is_file()

@@ -8,13 +8,18 @@ from collections.abc import Iterable
 from pathlib import Path
 
 PREFIX = "checkpoint-"
+TRAINER_STATE_NAME = "trainer_state.json"
 # Where a checkpoint is written before it is renamed into its place, and goes before it is deleted.
 UNFINISHED = ".unfinished"
 
 
 def last_checkpoint(out: Path) -> Path | None:
-    """The checkpoint of the latest step in ``out``, if there is one."""
-    return max(_checkpoints(out), key=_step, default=None)
+    """The checkpoint of the latest step in ``out``, if there is one.
+
+    A Trainer that knows nothing of whole folders writes its state last: without it, a checkpoint does not count.
+    """
+    whole = [path for path in _checkpoints(out) if (path / TRAINER_STATE_NAME).is_file()]
+    return max(whole, key=_step, default=None)
 
 
 def clear_unfinished(out: Path) -> None:

@@ -13,7 +13,7 @@ import torch
 from accelerate.utils import gather_object, save_fsdp_optimizer
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
-from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME, TRAINING_ARGS_NAME
+from transformers.trainer import SCHEDULER_NAME, TRAINING_ARGS_NAME
 
 from clara_fast.evaluation.answers import AnswerCheck
 from clara_fast.evaluation.controls import Exam, context_losses, format_losses, loss_metrics
@@ -200,7 +200,7 @@ class ClaraTrainer(Trainer):
         if best is not None and Path(best).parent == staging:
             self.state.best_model_checkpoint = str(out / Path(best).name)
             if args.should_save:
-                self.state.save_to_json(str(staging / name / TRAINER_STATE_NAME))
+                self.state.save_to_json(str(staging / name / checkpoints.TRAINER_STATE_NAME))
         self.accelerator.wait_for_everyone()
         if self.is_world_process_zero():
             checkpoints.publish(out, name)

@@ -25,6 +25,14 @@ def folder(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def dropping(tmp_path_factory):
+    """The same with dropout."""
+    folder = tmp_path_factory.mktemp("dropping")
+    make_model(folder, make_base(folder / "base", "mistral"), dropout=0.1)
+    return folder
+
+
 def error_of(found, expected):
     """The largest distances of losses, gradient norms and weights."""
     assert found["weights"].keys() == expected["weights"].keys()
@@ -106,3 +114,28 @@ def test_a_loss_that_is_not_finite_stops_all_processes(folder, sharded):
     last = Clara.from_pretrained(folder / name / "out" / "checkpoint-1", device="cpu", dtype="float32")
     for name, parameter in last.named_parameters():
         assert name not in found["weights"] or torch.equal(parameter, found["weights"][name]), name
+
+
+@pytest.mark.parametrize("sharded", [pytest.param(False, marks=pytest.mark.slow), True], ids=["ddp", "fsdp"])
+@pytest.mark.parametrize("stage", ["scp", pytest.param("search", marks=pytest.mark.slow)])
+def test_resumed_equals_unbroken(dropping, stage, sharded):
+    """With dropout, whose random numbers are each process's own."""
+    options = {**ACCUMULATED, "save_strategy": "steps", "save_steps": 2, **(FSDP if sharded else {})}
+    names = [f"{stage}-{sharded}-{kind}" for kind in ("unbroken", "broken")]
+    run_all(
+        dropping,
+        [
+            Run(names[0], stage, 2, options={**options, "max_steps": 4}),
+            Run(names[1], stage, 2, options={**options, "max_steps": 2}),
+            Run(names[1], stage, 2, options={**options, "max_steps": 4}, resume=True),
+        ],
+    )
+    for rank in (0, 1):
+        unbroken, resumed = (result(dropping, name, rank) for name in names)
+        assert resumed["losses"] == unbroken["losses"]
+        assert len(resumed["losses"]) == 4
+        assert all(torch.equal(weight, resumed["weights"][name]) for name, weight in unbroken["weights"].items())
+    files = {path.name for path in (dropping / names[1] / "out" / "checkpoint-4").iterdir()}
+    assert "optimizer.bin" in files if sharded else "optimizer.pt" in files
+    assert {"rng_state_0.pth", "rng_state_1.pth"} <= files
+    assert not any(name.startswith("pytorch_model") for name in files), "the base model is not saved again"

@@ -59,6 +59,9 @@ def scp(
     lora_r: Annotated[int, typer.Option(help="Rank of each role's LoRA.")] = 16,
     lora_dropout: Annotated[float, typer.Option(help="Dropout of the adapters in training.")] = 0.1,
     connector: Annotated[bool, typer.Option(help="Train a linear map from hidden states to embeddings.")] = False,
+    bits: Annotated[
+        int | None, typer.Option(help="Load the base in 8 or 4 bits; needs clara-fast[kbit]. The model remembers it.")
+    ] = None,
     spread: Annotated[bool, typer.Option(help="Spread the memory tokens' positions over the text.")] = False,
     steps: StepsOption = -1,
     epochs: EpochsOption = 1.0,
@@ -99,6 +102,7 @@ def scp(
             compression_rate=compression_rate or 16,
             lora={"r": lora_r, "alpha": 2 * lora_r, "dropout": lora_dropout},
             dtype=dtype,
+            quantization_config=_quantization(bits),
             connector=connector,
             memory_positions="spread" if spread else "after",
         )
@@ -283,6 +287,16 @@ def configs() -> None:
     """List the configurations that come along; each is a file to copy from."""
     for name, file in shipped_configs().items():
         print(f"{name:24} {file}")
+
+
+def _quantization(bits: int | None) -> dict[str, Any] | None:
+    if bits not in (None, 4, 8):
+        raise ValueError(f"bits ({bits}) must be 4 or 8")
+    settings: dict[int | None, dict[str, Any]] = {
+        4: {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
+        8: {"load_in_8bit": True},
+    }
+    return settings.get(bits)
 
 
 def _common(

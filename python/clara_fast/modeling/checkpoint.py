@@ -29,27 +29,52 @@ PEFT_PREFIX = "base_model.model."
 
 
 def load_base(
-    base_model: str, dtype: torch.dtype | str, device: torch.device | str | None, saved: Path | None = None
+    config: ClaraConfig, dtype: torch.dtype | str, device: torch.device | str | None, saved: Path | None = None
 ) -> tuple[Any, Any]:
     """The base model with our attention, and its tokenizer or the one in the folder ``saved``, if it holds one.
 
-    No code of the model's repository is run.
+    With ``config.quantization_config`` its linear layers (not the head) are loaded in 8 or 4 bits. No code of the
+    model's repository is run.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    base_model = config.base_model
     if device is None:
         # torchrun gives every process on a machine a GPU of its own.
         own_gpu = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         device = own_gpu if torch.cuda.is_available() else "cpu"
     try:
-        lm: Any = AutoModelForCausalLM.from_pretrained(base_model, dtype=dtype, attn_implementation=IMPLEMENTATION)
+        lm: Any = AutoModelForCausalLM.from_pretrained(
+            base_model, dtype=dtype, attn_implementation=IMPLEMENTATION, **_quantization(config, device)
+        )
         own = saved is not None and (saved / "tokenizer_config.json").is_file()
         # The folder's own config.json is ours, not one that transformers knows.
         tokenizer = AutoTokenizer.from_pretrained(saved if own else base_model, config=lm.config)
     except (OSError, ValueError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(f"base_model ({base_model!r}) cannot be loaded: {reason}") from error
-    return lm.to(device), tokenizer
+    if not getattr(lm, "is_quantized", False):
+        return lm.to(device), tokenizer
+    for module in lm.modules():
+        # bitsandbytes would repack 4-bit weights at the first inference on a CPU, with rounded scales, for good.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    return lm, tokenizer  # quantised layers lie where they were loaded
+
+
+def _quantization(config: ClaraConfig, device: torch.device | str) -> dict[str, Any]:
+    if config.quantization_config is None:
+        return {}
+    from importlib.util import find_spec
+
+    from transformers import BitsAndBytesConfig
+
+    if find_spec("bitsandbytes") is None:
+        raise ImportError("a base in 8 or 4 bits needs bitsandbytes: pip install clara-fast[kbit]")
+    return {
+        "quantization_config": BitsAndBytesConfig.from_dict(dict(config.quantization_config)),
+        "device_map": {"": device},
+    }
 
 
 def load_model(
@@ -83,7 +108,7 @@ def load_model(
     other_rate = rate != config.compression_rate
     config = dataclasses.replace(config, compression_rate=rate)
     # At another rate the saved tokenizer has the wrong memory tokens.
-    lm, tokenizer = load_base(config.base_model, dtype, device, saved=None if other_rate else folder)
+    lm, tokenizer = load_base(config, dtype, device, saved=None if other_rate else folder)
     model = cls(config, lm, tokenizer, prompts_folder=folder)
     for role in roles.ROLES:
         if (folder / role).is_dir():

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from clara_fast import ops
 from clara_fast.modeling import answer_head, attention, roles
-from clara_fast.modeling.config import ClaraConfig, LoraSettings
+from clara_fast.modeling.config import ClaraConfig, LoraSettings, quantization_settings
 from clara_fast.modeling.connector import Connector
 from clara_fast.modeling.packing import PackedDocuments, PackedPrompts, batches_by_tokens, pack_documents
 from clara_fast.modeling.prompts import Prompts
@@ -105,6 +105,7 @@ class Clara(nn.Module):
         lora: LoraSettings | dict[str, Any] | None = None,
         dtype: torch.dtype | str = "auto",
         device: torch.device | str | None = None,
+        quantization_config: Any = None,
         **options: Any,
     ) -> Self:
         """A new model: any transformers decoder with fresh adapters for compressor and generator.
@@ -116,6 +117,8 @@ class Clara(nn.Module):
             lora: size of the adapters.
             dtype: of the base model; adapters and memory tokens are float32.
             device: default CUDA if there is one, else CPU.
+            quantization_config: transformers' ``BitsAndBytesConfig``, or a dict of its settings: the base is loaded in
+                8 or 4 bits, here and whenever the saved model is loaded again.
             options: further fields of :class:`ClaraConfig`.
         """
         from clara_fast.modeling.checkpoint import load_base
@@ -125,9 +128,10 @@ class Clara(nn.Module):
             doc_max_length=doc_max_length,
             compression_rate=compression_rate,
             lora=LoraSettings(**lora) if isinstance(lora, dict) else lora or LoraSettings(),
+            quantization_config=quantization_settings(quantization_config),
             **options,
         )
-        lm, tokenizer = load_base(config.base_model, dtype, device)
+        lm, tokenizer = load_base(config, dtype, device)
         model = cls(config, lm, tokenizer)
         model.add_role("compressor")
         model.add_role("generator")
@@ -262,15 +266,21 @@ class Clara(nn.Module):
     def fingerprint(self) -> str:
         """Identity of everything that determines a memory: 16 hexadecimal digits.
 
-        Equal for models that write interchangeable memories: same base, compressor, memory tokens and geometry, in
-        whatever dtype they were loaded.
+        Equal for models that write interchangeable memories: same base (in as many bits), compressor, memory tokens
+        and geometry, in whatever dtype they were loaded.
         """
         c = self.config
-        digest = hashlib.sha256(
-            json.dumps(
-                [c.doc_max_length, c.compression_rate, c.memory_positions, c.distinct_memory_tokens, c.hidden_size]
-            ).encode()
-        )
+        facts: list[Any] = [
+            c.doc_max_length,
+            c.compression_rate,
+            c.memory_positions,
+            c.distinct_memory_tokens,
+            c.hidden_size,
+        ]
+        if c.quantization_config:
+            names = ("load_in_8bit", "load_in_4bit", "bnb_4bit_quant_type")
+            facts += [c.quantization_config.get(name) for name in names]
+        digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
         table = whole(self.lm.get_input_embeddings().weight)
         parts = [table[:64], table[self.text.added_ids], self.memory_embeddings]
         parts += [parameter for _, parameter in sorted(roles.role_parameters(self.lm, "compressor").items())]

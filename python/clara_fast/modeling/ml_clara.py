@@ -55,7 +55,7 @@ def load(
         raise ValueError(f"{folder / ADAPTERS_FILE} holds an unknown adapter: {unknown[0]}")
     if not adapters:
         raise ValueError(f"{folder / ADAPTERS_FILE} holds no adapter")
-    lm, tokenizer = load_base(config.base_model, dtype, device)
+    lm, tokenizer = load_base(config, dtype, device)
     model = cls(config, lm, tokenizer)
     _load_tables(model, tables, folder / TABLES_FILE)
     for adapter, tensors in adapters.items():

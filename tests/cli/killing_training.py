@@ -1,9 +1,9 @@
 """Kills ``clara-fast train``: ``python -m tests.cli.killing_training FOLDER WORLD MOMENTS... -- ARGUMENTS...``.
 
 Runs the command with ``--out FOLDER/unbroken``, then for each moment with ``--out FOLDER/MOMENT``: SIGKILL before the
-first process's file operation of that number, or ``sN``: in the middle of step N; and again until it ends by itself. Each
-run's ``--json`` report is ``NAME.json``. Prints how often each was killed. Forked from one process: torch is imported
-once.
+first process's file operation of that number, or ``sN``: in the middle of step N; and again, until it ends by itself.
+Each run's ``--json`` report is ``NAME.json``. Prints how often each was killed. Forked from one process: torch is
+imported once.
 """
 
 from __future__ import annotations
@@ -74,9 +74,9 @@ def attempt(out: Path, world: int, moment: str | None, arguments: list[str]) -> 
                 os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
             if moment is not None and rank == 0:
                 die_at(moment)
-            with open(out.with_suffix(".json") if rank == 0 else os.devnull, "w") as report:
-                with contextlib.redirect_stdout(report):
-                    code = main([*arguments, "--out", str(out), "--json"])
+            report = out.with_suffix(".json") if rank == 0 else os.devnull
+            with open(report, "w") as stream, contextlib.redirect_stdout(stream):
+                code = main([*arguments, "--out", str(out), "--json"])
             PartialState().destroy_process_group()
             os._exit(code)
         children.append(pid)

@@ -27,11 +27,8 @@ def losses(report):
 
 
 def weights(folder):
-    return {
-        str(f.relative_to(folder)): f.read_bytes()
-        for f in folder.glob("**/*.safetensors")
-        if "checkpoint-" not in str(f)
-    }
+    files = [file for file in folder.glob("**/*.safetensors") if "checkpoint-" not in str(file)]
+    return {str(file.relative_to(folder)): file.read_bytes() for file in files}
 
 
 # What an unbroken run of 6 steps does at least: 3 checkpoints, of which the oldest is deleted.

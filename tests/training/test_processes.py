@@ -139,3 +139,18 @@ def test_resumed_equals_unbroken(dropping, stage, sharded):
     assert "optimizer.bin" in files if sharded else "optimizer.pt" in files
     assert {"rng_state_0.pth", "rng_state_1.pth"} <= files
     assert not any(name.startswith("pytorch_model") for name in files), "the base model is not saved again"
+
+
+@pytest.mark.slow
+def test_compiled(folder):
+    """`torch.compile` under DDP: the same losses and weights as without."""
+    compiled = {"torch_compile": True, "torch_compile_backend": "aot_eager", "max_steps": 2}
+    runs = [
+        Run("plain", "retriever", 2, options={"max_steps": 2}),
+        Run("compiled", "retriever", 2, options=compiled),
+    ]
+    run_all(folder, runs)
+    plain, compiled = result(folder, "plain"), result(folder, "compiled")
+    assert compiled["losses"] == pytest.approx(plain["losses"], rel=1e-5)
+    for name, weight in plain["weights"].items():
+        assert torch.allclose(compiled["weights"][name], weight, rtol=0, atol=1e-5), name

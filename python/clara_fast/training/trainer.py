@@ -40,6 +40,11 @@ class ClaraTrainingArguments(TrainingArguments):
     # What is frozen is told by requires_grad, and all that is not takes part in every step.
     ddp_find_unused_parameters: bool | None = False
 
+    def __post_init__(self) -> None:
+        # Unless told so, transformers on a machine without accelerator lets each of several processes train by itself.
+        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
+        super().__post_init__()
+
 
 @dataclass
 class AnswerTrainingArguments(ClaraTrainingArguments):

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from clara_fast import Clara
+from clara_fast.training import ScpTrainingArguments
 from tests.modeling.tiny import make_base
 from tests.training.processes import FSDP, Run, make_model, result, run_all
 
@@ -154,3 +155,9 @@ def test_compiled(folder):
     assert compiled["losses"] == pytest.approx(plain["losses"], rel=1e-5)
     for name, weight in plain["weights"].items():
         assert torch.allclose(compiled["weights"][name], weight, rtol=0, atol=1e-5), name
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="on a machine with an accelerator, that is used")
+def test_processes_without_accelerator_form_a_group(tmp_path):
+    """transformers would start one, and then let each process train on everything by itself."""
+    assert ScpTrainingArguments(output_dir=str(tmp_path)).use_cpu

@@ -154,6 +154,50 @@ def test_a_store_changes_nothing(saved, tmp_path, dtype):
     assert any(g.any() for name, g in gradients.items() if ".query_reasoner." in name)
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_store_of_another_dtype_is_taken_at_its_word(model, tmp_path, dtype):
+    """The step is that of the numbers in the store, whatever the model computes in."""
+    store = make_store(tmp_path / "store", model, dtype)
+    trainer = JointTrainer(model, arguments(tmp_path), samples(), store=store)
+    batch = trainer.data_collator(trainer.train_dataset)
+    with model.inference():
+        loss, output = trainer.compute_loss(model, batch, return_outputs=True)
+        members, candidates = index_candidates([s.candidates for s in trainer.train_dataset])
+        memory = model.compress(TEXTS)[members].to(getattr(torch, dtype)).float()
+        expected = model(
+            queries=batch["queries"], prompts=batch["prompts"], memory=memory, candidates=candidates, top_k=2
+        )
+    assert torch.equal(loss, expected.lm_loss)
+    assert torch.equal(output.memory, memory)
+    assert torch.equal(output.scores, expected.scores)
+
+
+@pytest.mark.parametrize("copies", [2, 5])
+def test_a_text_in_the_store_twice_is_one_candidate(model, tmp_path, copies):
+    """As if the store had no copies: for the search, for positives, and for Recall."""
+    once = make_store(tmp_path / "once", model)
+    memory = model.compress(TEXTS)
+    with MemoryStore.create(tmp_path / "often", model, dtype="float32") as often:
+        for copy in range(copies):
+            often.add([f"{i}-{copy}" for i in range(len(TEXTS))], TEXTS, memory)
+    results = []
+    for store, name in ((once, "{}"), (often, f"{{}}-{copies - 1}")):
+        questions = [
+            QuestionSample(f"g{i}", q, [], ["Wood."], gold_ids=[name.format(i)]) for i, q in enumerate(QUESTIONS)
+        ]
+        settings = arguments(tmp_path, candidates="search", num_candidates=4, top_k=4)
+        trainer = JointTrainer(model, settings, questions, questions, store=store)
+        trainer.search()
+        metrics = trainer.evaluate()
+        rows = [trainer._rows(sample) for sample in trainer.train_dataset]
+        results.append((rows, {name: value for name, value in metrics.items() if "loss" not in name}))
+    assert results[0] == results[1]
+    settings = arguments(tmp_path, candidates="search", num_candidates=2 * len(TEXTS))
+    trainer = JointTrainer(model, settings, questions, store=often)
+    trainer.search()
+    assert all(sorted(rows) == list(range(len(TEXTS))) for rows in trainer._found.tolist())
+
+
 def test_only_query_reasoner_and_generator_train(model, store, tmp_path):
     assert "query_reasoner" not in model.roles
     trainer = JointTrainer(model, arguments(tmp_path), samples())

@@ -59,6 +59,9 @@ def scp(
     lora_r: Annotated[int, typer.Option(help="Rank of each role's LoRA.")] = 16,
     lora_dropout: Annotated[float, typer.Option(help="Dropout of the adapters in training.")] = 0.1,
     connector: Annotated[bool, typer.Option(help="Train a linear map from hidden states to embeddings.")] = False,
+    bits: Annotated[
+        int | None, typer.Option(help="Load the base in 8 or 4 bits; needs clara-fast[kbit]. The model remembers it.")
+    ] = None,
     spread: Annotated[bool, typer.Option(help="Spread the memory tokens' positions over the text.")] = False,
     steps: StepsOption = -1,
     epochs: EpochsOption = 1.0,
@@ -77,9 +80,11 @@ def scp(
 
     Evaluation prints the answer loss under four contexts: the passage's memory, another passage's, none, the full text.
     """
+    from transformers import set_seed
+
     from clara_fast.data import read_scp
     from clara_fast.modeling import Clara
-    from clara_fast.training import ScpTrainer, ScpTrainingArguments
+    from clara_fast.training import ScpTrainer, ScpTrainingArguments, checkpoints
 
     if (base is None) == (model is None):
         raise ValueError("give exactly one of --base and --model")
@@ -90,16 +95,18 @@ def scp(
     if model is not None:
         clara = Clara.from_pretrained(model, base_model=base_model, dtype=dtype, compression_rate=compression_rate)
     else:
+        set_seed(seed)  # the fresh adapters are the same in every process, and when a run starts again
         clara = Clara.from_base(
             str(base),
             doc_max_length=doc_max_length,
             compression_rate=compression_rate or 16,
             lora={"r": lora_r, "alpha": 2 * lora_r, "dropout": lora_dropout},
             dtype=dtype,
+            quantization_config=_quantization(bits),
             connector=connector,
             memory_positions="spread" if spread else "after",
         )
-        if connector and _last_checkpoint(out) is None:
+        if connector and checkpoints.last_checkpoint(out) is None:
             clara.calibrate_connector([s.document for s in samples[:CALIBRATION_PASSAGES]])
     settings = {
         **_common(
@@ -111,8 +118,8 @@ def scp(
         **arguments_of(context),
     }
     arguments = make_arguments(ScpTrainingArguments, settings, config)
-    _run(ScpTrainer(clara, arguments, samples, held_out), out, json)
-    note(f"saved to {out}; next: clara-fast compress CORPUS --model {out} --out STORE")
+    trainer = ScpTrainer(clara, arguments, samples, held_out)
+    _run(trainer, out, json, f"clara-fast compress CORPUS --model {out} --out STORE")
 
 
 @app.command("retriever")
@@ -156,8 +163,8 @@ def retriever(
         **arguments_of(context),
     }
     arguments = make_arguments(RetrieverTrainingArguments, settings, config)
-    _run(RetrieverTrainer(clara, memories, arguments, questions, held_out), out, json)
-    note(f'saved to {out}; next: clara-fast ask {store} "QUESTION" --model {out}')
+    trainer = RetrieverTrainer(clara, memories, arguments, questions, held_out)
+    _run(trainer, out, json, f'clara-fast ask {store} "QUESTION" --model {out}')
 
 
 @app.command("instruct")
@@ -207,8 +214,8 @@ def instruct(
     }
     arguments = make_arguments(InstructionTrainingArguments, settings, config)
     clara = Clara.from_pretrained(model, base_model=base_model, dtype=dtype)
-    _run(InstructionTrainer(clara, arguments, samples, held_out), out, json)
-    note(f"saved to {out}; next: clara-fast compress QUESTIONS --text-field docs --model {out} --out STORE")
+    trainer = InstructionTrainer(clara, arguments, samples, held_out)
+    _run(trainer, out, json, f"clara-fast compress QUESTIONS --text-field docs --model {out} --out STORE")
 
 
 @app.command("joint")
@@ -271,8 +278,8 @@ def joint(
     arguments = make_arguments(JointTrainingArguments, settings, config)
     clara = Clara.from_pretrained(model, base_model=base_model, dtype=dtype)
     memories = MemoryStore.open(store, clara) if store is not None else None
-    _run(JointTrainer(clara, arguments, samples, held_out, store=memories), out, json)
-    note(f'saved to {out}; next: clara-fast ask {store or "STORE"} "QUESTION" --model {out}')
+    trainer = JointTrainer(clara, arguments, samples, held_out, store=memories)
+    _run(trainer, out, json, f'clara-fast ask {store or "STORE"} "QUESTION" --model {out}')
 
 
 @app.command("configs")
@@ -280,6 +287,16 @@ def configs() -> None:
     """List the configurations that come along; each is a file to copy from."""
     for name, file in shipped_configs().items():
         print(f"{name:24} {file}")
+
+
+def _quantization(bits: int | None) -> dict[str, Any] | None:
+    if bits not in (None, 4, 8):
+        raise ValueError(f"bits ({bits}) must be 4 or 8")
+    settings: dict[int | None, dict[str, Any]] = {
+        4: {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
+        8: {"load_in_8bit": True},
+    }
+    return settings.get(bits)
 
 
 def _common(
@@ -329,17 +346,18 @@ def _reports(names: str) -> list[str]:
     return wanted or ["none"]
 
 
-def _run(trainer: Any, out: Path, json: bool) -> None:
+def _run(trainer: Any, out: Path, json: bool, then: str) -> None:
     """Train, going on from the last checkpoint in ``out`` if there is one, and save the model there."""
+    from clara_fast.training.checkpoints import last_checkpoint
+
+    last = last_checkpoint(out)
     # The Trainer logs to stdout, which is for results.
     with contextlib.redirect_stdout(sys.stderr):
-        trainer.train(resume_from_checkpoint=_last_checkpoint(out))
-    trainer.model.save_pretrained(out)
+        trainer.train(resume_from_checkpoint=str(last) if last else None)
+    first = trainer.is_world_process_zero()
+    trainer.model.save_pretrained(out, is_main_process=first)
+    if not first:
+        return
     if json:
         print_json({"model": str(out), "steps": trainer.state.global_step, "log": trainer.state.log_history})
-
-
-def _last_checkpoint(out: Path) -> str | None:
-    """The latest checkpoint that is whole: the Trainer writes its state file last, and a kill may come before."""
-    whole = [file.parent for file in out.glob("checkpoint-*/trainer_state.json")]
-    return str(max(whole, key=lambda folder: int(folder.name.rpartition("-")[2]))) if whole else None
+    note(f"saved to {out}; next: {then}")

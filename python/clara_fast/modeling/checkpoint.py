@@ -6,6 +6,7 @@ import dataclasses
 import os
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ from torch import Tensor
 from clara_fast.modeling import ml_clara, roles
 from clara_fast.modeling.attention import IMPLEMENTATION
 from clara_fast.modeling.config import MODEL_TYPE, ClaraConfig, read_config
+from clara_fast.modeling.sharding import assign, is_sharded, whole
 
 if TYPE_CHECKING:
     from clara_fast.modeling.clara import Clara
@@ -27,25 +29,52 @@ PEFT_PREFIX = "base_model.model."
 
 
 def load_base(
-    base_model: str, dtype: torch.dtype | str, device: torch.device | str | None, saved: Path | None = None
+    config: ClaraConfig, dtype: torch.dtype | str, device: torch.device | str | None, saved: Path | None = None
 ) -> tuple[Any, Any]:
     """The base model with our attention, and its tokenizer or the one in the folder ``saved``, if it holds one.
 
-    No code of the model's repository is run.
+    With ``config.quantization_config`` its linear layers (not the head) are loaded in 8 or 4 bits. No code of the
+    model's repository is run.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    base_model = config.base_model
     if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        # torchrun gives every process on a machine a GPU of its own.
+        own_gpu = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        device = own_gpu if torch.cuda.is_available() else "cpu"
     try:
-        lm: Any = AutoModelForCausalLM.from_pretrained(base_model, dtype=dtype, attn_implementation=IMPLEMENTATION)
+        lm: Any = AutoModelForCausalLM.from_pretrained(
+            base_model, dtype=dtype, attn_implementation=IMPLEMENTATION, **_quantization(config, device)
+        )
         own = saved is not None and (saved / "tokenizer_config.json").is_file()
         # The folder's own config.json is ours, not one that transformers knows.
         tokenizer = AutoTokenizer.from_pretrained(saved if own else base_model, config=lm.config)
     except (OSError, ValueError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(f"base_model ({base_model!r}) cannot be loaded: {reason}") from error
-    return lm.to(device), tokenizer
+    if not getattr(lm, "is_quantized", False):
+        return lm.to(device), tokenizer
+    for module in lm.modules():
+        # bitsandbytes would repack 4-bit weights at the first inference on a CPU, with rounded scales, for good.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    return lm, tokenizer  # quantised layers lie where they were loaded
+
+
+def _quantization(config: ClaraConfig, device: torch.device | str) -> dict[str, Any]:
+    if config.quantization_config is None:
+        return {}
+    from importlib.util import find_spec
+
+    from transformers import BitsAndBytesConfig
+
+    if find_spec("bitsandbytes") is None:
+        raise ImportError("a base in 8 or 4 bits needs bitsandbytes: pip install clara-fast[kbit]")
+    return {
+        "quantization_config": BitsAndBytesConfig.from_dict(dict(config.quantization_config)),
+        "device_map": {"": device},
+    }
 
 
 def load_model(
@@ -79,7 +108,7 @@ def load_model(
     other_rate = rate != config.compression_rate
     config = dataclasses.replace(config, compression_rate=rate)
     # At another rate the saved tokenizer has the wrong memory tokens.
-    lm, tokenizer = load_base(config.base_model, dtype, device, saved=None if other_rate else folder)
+    lm, tokenizer = load_base(config, dtype, device, saved=None if other_rate else folder)
     model = cls(config, lm, tokenizer, prompts_folder=folder)
     for role in roles.ROLES:
         if (folder / role).is_dir():
@@ -101,19 +130,23 @@ def load_weights(model: Clara, folder: Path, *, other_rate: bool = False) -> Non
     _load_memory(model, folder / MEMORY_FILE, other_rate)
 
 
-def save_model(model: Clara, path: Path, format: str, adapter_dtype: torch.dtype) -> None:
+def save_model(model: Clara, path: Path, format: str, adapter_dtype: torch.dtype, is_main_process: bool) -> None:
     """Write into a temporary folder beside ``path``, then rename.
 
     A new folder appears whole. In one that is there, file after file is replaced: each is the old one or the new,
-    whatever is killed when, and other files (a trainer's state) stay.
+    whatever is killed when, and other files (a trainer's state) stay. Only the main process writes, but all put the
+    parts of a sharded model together.
     """
-    writers = {MODEL_TYPE: _write, "ml-clara": ml_clara.write}
-    if format not in writers:
-        raise ValueError(f"format ({format!r}) must be one of {sorted(writers)}")
+    contents = {MODEL_TYPE: _content, "ml-clara": ml_clara.content}
+    if format not in contents:
+        raise ValueError(f"format ({format!r}) must be one of {sorted(contents)}")
+    write = contents[format](model, adapter_dtype)
+    if not is_main_process:
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     try:
-        writers[format](model, temporary, adapter_dtype)
+        write(temporary)
         temporary.chmod(0o755)
         if path.is_dir():
             for file in [entry for entry in temporary.rglob("*") if entry.is_file()]:
@@ -129,7 +162,7 @@ def save_model(model: Clara, path: Path, format: str, adapter_dtype: torch.dtype
 def adapter_state(model: Clara, role: str, dtype: torch.dtype) -> dict[str, Tensor]:
     """The role's LoRA matrices by name."""
     return {
-        name: parameter.detach().to("cpu", dtype, copy=True).contiguous()
+        name: whole(parameter.detach()).to("cpu", dtype, copy=True).contiguous()
         for name, parameter in roles.role_parameters(model.lm, role).items()
     }
 
@@ -148,7 +181,7 @@ def load_adapter(model: Clara, role: str, tensors: dict[str, Tensor], source: st
                 f"{name} of role {role} has shape {tuple(tensors[name].shape)}, the base model needs "
                 f"{tuple(parameter.shape)}"
             )
-        parameter.data.copy_(tensors[name])
+        assign(parameter, tensors[name])
 
 
 def read_adapter(folder: Path) -> dict[str, Tensor]:
@@ -188,44 +221,51 @@ def _find(name_or_path: str | Path, subfolder: str | None, revision: str | None)
     return folder
 
 
-def _write(model: Clara, folder: Path, adapter_dtype: torch.dtype) -> None:
-    model.config.save(folder)
-    model.prompts.save(folder)
-    model.tokenizer.save_pretrained(folder)
-    for role in sorted(model.roles):
-        (folder / role).mkdir()
-        tensors = {PEFT_PREFIX + name: tensor for name, tensor in adapter_state(model, role, adapter_dtype).items()}
-        save_file(tensors, folder / role / ADAPTER_FILE, metadata={"format": "pt"})
-        config = roles.lora_config(model.config.lora, model.config.base_model)
-        config.inference_mode = True
-        config.save_pretrained(str(folder / role))
-    save_file(_memory_state(model), folder / MEMORY_FILE, metadata={"format": "pt"})
+def _content(model: Clara, adapter_dtype: torch.dtype) -> Callable[[Path], None]:
+    """Collects a model; what is returned writes it to a folder."""
+    adapters = {role: adapter_state(model, role, adapter_dtype) for role in sorted(model.roles)}
+    memory = _memory_state(model)
+
+    def write(folder: Path) -> None:
+        model.config.save(folder)
+        model.prompts.save(folder)
+        model.tokenizer.save_pretrained(folder)
+        for role, tensors in adapters.items():
+            (folder / role).mkdir()
+            named = {PEFT_PREFIX + name: tensor for name, tensor in tensors.items()}
+            save_file(named, folder / role / ADAPTER_FILE, metadata={"format": "pt"})
+            config = roles.lora_config(model.config.lora, model.config.base_model)
+            config.inference_mode = True
+            config.save_pretrained(str(folder / role))
+        save_file(memory, folder / MEMORY_FILE, metadata={"format": "pt"})
+
+    return write
 
 
 def _memory_state(model: Clara) -> dict[str, Tensor]:
     """What a model has beside its adapters: memory embeddings, rows of added tokens, connector."""
     ids = model.text.added_ids
     tables = {"embed_tokens": model.lm.get_input_embeddings(), "lm_head": model.lm.get_output_embeddings()}
-    state = {"memory_embeddings": model.memory_embeddings}
-    state |= {f"{name}.added_rows": layer.weight[ids] for name, layer in tables.items()}
+    state: dict[str, Tensor] = {"memory_embeddings": model.memory_embeddings}
+    state |= {f"{name}.added_rows": whole(layer.weight)[ids] for name, layer in tables.items()}
     if model.own_tables:
         state |= {f"{name}.weight": layer.weight for name, layer in tables.items()}
     if model.connector is not None:
         state |= {f"connector.{name}": p for name, p in model.connector.named_parameters()}
-    return {name: tensor.detach().cpu().clone().contiguous() for name, tensor in state.items()}
+    return {name: whole(tensor.detach()).cpu().clone().contiguous() for name, tensor in state.items()}
 
 
 def _load_memory(model: Clara, file: Path, other_rate: bool) -> None:
     state = read_safetensors(file)
     if other_rate and "memory_embeddings" in state:
         _spread_memory_tokens(state, len(model.memory_embeddings))
-    targets: dict[str, Tensor] = {"memory_embeddings": model.memory_embeddings.data}
+    targets: dict[str, Tensor] = {"memory_embeddings": model.memory_embeddings}
     rows = {"embed_tokens": model.lm.get_input_embeddings(), "lm_head": model.lm.get_output_embeddings()}
     if model.connector is not None:
-        targets |= {f"connector.{name}": p.data for name, p in model.connector.named_parameters()}
+        targets |= {f"connector.{name}": p for name, p in model.connector.named_parameters()}
     model.own_tables = "embed_tokens.weight" in state
     if model.own_tables:
-        targets |= {f"{name}.weight": layer.weight.data for name, layer in rows.items()}
+        targets |= {f"{name}.weight": layer.weight for name, layer in rows.items()}
     for name in (*targets, *(f"{name}.added_rows" for name in rows)):
         if name not in state:
             raise ValueError(f"{file} lacks the tensor {name}")
@@ -234,9 +274,12 @@ def _load_memory(model: Clara, file: Path, other_rate: bool) -> None:
             raise ValueError(
                 f"{name} in {file} has shape {tuple(state[name].shape)}, the model needs {tuple(target.shape)}"
             )
-        target.copy_(state[name])
+        assign(target, state[name])
     for name, layer in rows.items():
-        layer.weight.data[model.text.added_ids] = state[f"{name}.added_rows"].to(layer.weight)
+        table = whole(layer.weight.detach())
+        table[model.text.added_ids] = state[f"{name}.added_rows"].to(table)
+        if is_sharded(layer.weight):
+            assign(layer.weight, table)
 
 
 def _spread_memory_tokens(state: dict[str, Tensor], count: int) -> None:

@@ -19,11 +19,12 @@ from transformers import PreTrainedTokenizerBase
 
 from clara_fast import ops
 from clara_fast.modeling import answer_head, attention, roles
-from clara_fast.modeling.config import ClaraConfig, LoraSettings
+from clara_fast.modeling.config import ClaraConfig, LoraSettings, quantization_settings
 from clara_fast.modeling.connector import Connector
 from clara_fast.modeling.packing import PackedDocuments, PackedPrompts, batches_by_tokens, pack_documents
 from clara_fast.modeling.prompts import Prompts
 from clara_fast.modeling.roles import Role
+from clara_fast.modeling.sharding import is_sharded, whole
 from clara_fast.modeling.text import TextEncoder
 
 TRAINABLE_PARTS = (*roles.ROLES, "memory_tokens", "connector")
@@ -87,6 +88,8 @@ class Clara(nn.Module):
             self.connector.requires_grad_(False)
         # Whether the base's own embedding rows were changed, as a foreign checkpoint may have it.
         self.own_tables = False
+        # What FSDP shards by itself: transformers' name, read by accelerate.
+        self._no_split_modules = getattr(lm, "_no_split_modules", None)
         self.roles: set[str] = set()
         self.trainable: frozenset[str] = frozenset()
         self._checkpointing = False
@@ -102,6 +105,7 @@ class Clara(nn.Module):
         lora: LoraSettings | dict[str, Any] | None = None,
         dtype: torch.dtype | str = "auto",
         device: torch.device | str | None = None,
+        quantization_config: Any = None,
         **options: Any,
     ) -> Self:
         """A new model: any transformers decoder with fresh adapters for compressor and generator.
@@ -113,6 +117,8 @@ class Clara(nn.Module):
             lora: size of the adapters.
             dtype: of the base model; adapters and memory tokens are float32.
             device: default CUDA if there is one, else CPU.
+            quantization_config: transformers' ``BitsAndBytesConfig``, or a dict of its settings: the base is loaded in
+                8 or 4 bits, here and whenever the saved model is loaded again.
             options: further fields of :class:`ClaraConfig`.
         """
         from clara_fast.modeling.checkpoint import load_base
@@ -122,9 +128,10 @@ class Clara(nn.Module):
             doc_max_length=doc_max_length,
             compression_rate=compression_rate,
             lora=LoraSettings(**lora) if isinstance(lora, dict) else lora or LoraSettings(),
+            quantization_config=quantization_settings(quantization_config),
             **options,
         )
-        lm, tokenizer = load_base(config.base_model, dtype, device)
+        lm, tokenizer = load_base(config, dtype, device)
         model = cls(config, lm, tokenizer)
         model.add_role("compressor")
         model.add_role("generator")
@@ -157,17 +164,22 @@ class Clara(nn.Module):
         return load_model(cls, name_or_path, subfolder, base_model, dtype, device, revision, compression_rate)
 
     def save_pretrained(
-        self, path: str | Path, *, format: str = "clara_fast", adapter_dtype: torch.dtype = torch.bfloat16
+        self,
+        path: str | Path,
+        *,
+        format: str = "clara_fast",
+        adapter_dtype: torch.dtype = torch.bfloat16,
+        is_main_process: bool = True,
     ) -> None:
         """Write the model (without its base) to ``path``: a new folder appears whole, files in an old one one by one.
 
         ``format="clara_fast"``: one folder per role that peft can load, ``memory.safetensors``, ``config.json``,
         ``prompts.json`` and the tokenizer. ``format="ml-clara"``: the reference's files. Adapters are written in
-        ``adapter_dtype``.
+        ``adapter_dtype``. Of several processes only the main one writes, but all must call if FSDP2 sharded the model.
         """
         from clara_fast.modeling.checkpoint import save_model
 
-        save_model(self, Path(path), format, adapter_dtype)
+        save_model(self, Path(path), format, adapter_dtype, is_main_process)
 
     # Parts
 
@@ -254,21 +266,29 @@ class Clara(nn.Module):
     def fingerprint(self) -> str:
         """Identity of everything that determines a memory: 16 hexadecimal digits.
 
-        Equal for models that write interchangeable memories: same base, compressor, memory tokens and geometry, in
-        whatever dtype they were loaded.
+        Equal for models that write interchangeable memories: same base (in as many bits), compressor, memory tokens
+        and geometry, in whatever dtype they were loaded.
         """
         c = self.config
-        digest = hashlib.sha256(
-            json.dumps(
-                [c.doc_max_length, c.compression_rate, c.memory_positions, c.distinct_memory_tokens, c.hidden_size]
-            ).encode()
-        )
-        table = self.lm.get_input_embeddings().weight
+        facts: list[Any] = [
+            c.doc_max_length,
+            c.compression_rate,
+            c.memory_positions,
+            c.distinct_memory_tokens,
+            c.hidden_size,
+        ]
+        if c.quantization_config:
+            names = ("load_in_8bit", "load_in_4bit", "bnb_4bit_quant_type")
+            facts += [c.quantization_config.get(name) for name in names]
+        digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
+        table = whole(self.lm.get_input_embeddings().weight)
         parts = [table[:64], table[self.text.added_ids], self.memory_embeddings]
         parts += [parameter for _, parameter in sorted(roles.role_parameters(self.lm, "compressor").items())]
         parts += list(self.connector.parameters()) if self.connector is not None else []
         for part in parts:
-            digest.update(part.detach().to(torch.bfloat16).cpu().contiguous().view(torch.int16).numpy().tobytes())
+            digest.update(
+                whole(part.detach()).to(torch.bfloat16).cpu().contiguous().view(torch.int16).numpy().tobytes()
+            )
         return digest.hexdigest()[:16]
 
     # Documents and questions to memories
@@ -362,14 +382,24 @@ class Clara(nn.Module):
 
     @contextmanager
     def inference(self) -> Iterator[None]:
-        """No gradients and no dropout inside; the mode is put back afterwards."""
+        """No gradients and no dropout inside; the mode is put back afterwards.
+
+        FSDP2 gathers what lies outside the decoder layers (embeddings, memory tokens, connector, head) only in
+        :meth:`forward`; inside, it stays gathered, so that every method works. All processes must come along.
+        """
         training = self.training
+        sharded: Any = self if is_sharded(self.memory_embeddings) else None
         if training:
             self.eval()
         try:
             with torch.no_grad():
+                if sharded is not None:
+                    self()  # of nothing: FSDP2 sets itself up in the first forward of the whole
+                    sharded.unshard()
                 yield
         finally:
+            if sharded is not None:
+                sharded.reshard()
             if training:
                 self.train()
 

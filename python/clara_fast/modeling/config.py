@@ -38,6 +38,8 @@ class ClaraConfig:
             gives them position ids spread evenly over the text, which small models learn from faster.
         connector: whether a linear layer maps final hidden states into the space of the input embeddings.
         top_k: documents whose memories go into a prompt when a call does not say.
+        quantization_config: what transformers' ``BitsAndBytesConfig`` is made from, for a base that is loaded in 8 or
+            4 bits.
     """
 
     base_model: str
@@ -50,6 +52,7 @@ class ClaraConfig:
     connector: bool = False
     top_k: int = 5
     hidden_size: int = 0
+    quantization_config: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.lora, dict):
@@ -107,3 +110,23 @@ def read_config(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{file} must hold a JSON object")
     return content
+
+
+def quantization_settings(config: Any) -> dict[str, Any] | None:
+    """What ``config.json`` keeps of a ``BitsAndBytesConfig``, or of its settings as a dict: those that were chosen.
+
+    Raises:
+        ValueError: they load neither in 8 nor in 4 bits, or are another method's.
+    """
+    if not config:
+        return None
+    from transformers import BitsAndBytesConfig
+
+    if isinstance(config, dict):
+        config = BitsAndBytesConfig.from_dict(dict(config))
+    if not isinstance(config, BitsAndBytesConfig):
+        raise ValueError(f"quantization_config ({type(config).__name__}) must be a BitsAndBytesConfig or its settings")
+    settings = {name: value for name, value in config.to_diff_dict().items() if not name.startswith("_")}
+    if not (settings.get("load_in_8bit") or settings.get("load_in_4bit")):
+        raise ValueError(f"quantization_config ({settings}) must set load_in_8bit or load_in_4bit")
+    return settings

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from clara_fast.modeling.config import CONFIG_FILE, ClaraConfig, LoraSettings
 from clara_fast.modeling.roles import Role
+from clara_fast.modeling.sharding import whole
 
 if TYPE_CHECKING:
     from clara_fast.modeling.clara import Clara
@@ -53,7 +55,7 @@ def load(
         raise ValueError(f"{folder / ADAPTERS_FILE} holds an unknown adapter: {unknown[0]}")
     if not adapters:
         raise ValueError(f"{folder / ADAPTERS_FILE} holds no adapter")
-    lm, tokenizer = load_base(config.base_model, dtype, device)
+    lm, tokenizer = load_base(config, dtype, device)
     model = cls(config, lm, tokenizer)
     _load_tables(model, tables, folder / TABLES_FILE)
     for adapter, tensors in adapters.items():
@@ -84,8 +86,11 @@ def read_settings(content: dict[str, Any], folder: Path, base_model: str | Path 
     )
 
 
-def write(model: Clara, folder: Path, adapter_dtype: torch.dtype) -> None:
-    """Write the reference's three files. Raises ``ValueError`` for options that the format has no place for."""
+def content(model: Clara, adapter_dtype: torch.dtype) -> Callable[[Path], None]:
+    """Collects a model; what is returned writes the reference's three files.
+
+    Raises ``ValueError`` for options that the format has no place for.
+    """
     from clara_fast.modeling.checkpoint import adapter_state
 
     c = model.config
@@ -94,7 +99,7 @@ def write(model: Clara, folder: Path, adapter_dtype: torch.dtype) -> None:
     if c.lora.alpha != 2 * c.lora.r:
         raise ValueError(f"ml-clara's format takes lora.alpha ({c.lora.alpha}) to be twice lora.r ({c.lora.r})")
     stage = "stage2" if "query_reasoner" in model.roles else "stage1"
-    content = {
+    settings = {
         "model_type": MODEL_TYPE,
         "auto_map": {"AutoConfig": "modeling_clara.CLaRaConfig", "AutoModel": "modeling_clara.CLaRa"},
         "decoder_model_name": c.base_model,
@@ -121,19 +126,23 @@ def write(model: Clara, folder: Path, adapter_dtype: torch.dtype) -> None:
         "pure_inference": False,
         "stage2_retrieval_top_n": 1,
     }
-    (folder / CONFIG_FILE).write_text(json.dumps(content, indent=2) + "\n")
     adapters = {
         adapter: adapter_state(model, role, adapter_dtype)
         for adapter, role in ROLE_OF_ADAPTER.items()
         if role in model.roles
     }
-    torch.save(adapters, folder / ADAPTERS_FILE)
-    embedding = model.lm.get_input_embeddings().weight.detach().clone()
+    embedding = whole(model.lm.get_input_embeddings().weight.detach()).clone()
     ids = model.text.memory_ids[: model.memory_embeddings.shape[0]]
-    embedding[ids] = model.memory_embeddings.detach().to(embedding)
-    head = model.lm.get_output_embeddings().weight.detach()
-    tables = {EMBEDDING: embedding, HEAD: head}
-    torch.save({name: t.to("cpu", torch.bfloat16) for name, t in tables.items()}, folder / TABLES_FILE)
+    embedding[ids] = whole(model.memory_embeddings.detach()).to(embedding)
+    head = whole(model.lm.get_output_embeddings().weight.detach())
+    tables = {name: t.to("cpu", torch.bfloat16) for name, t in ((EMBEDDING, embedding), (HEAD, head))}
+
+    def write(folder: Path) -> None:
+        (folder / CONFIG_FILE).write_text(json.dumps(settings, indent=2) + "\n")
+        torch.save(adapters, folder / ADAPTERS_FILE)
+        torch.save(tables, folder / TABLES_FILE)
+
+    return write
 
 
 def _read(file: Path) -> dict[str, Any]:

@@ -20,7 +20,7 @@ class _Movable:
         moved = {}
         for f in fields(self):  # type: ignore[arg-type]  # only dataclasses inherit this
             value = getattr(self, f.name)
-            moved[f.name] = value.to(device, **kwargs) if hasattr(value, "to") else value
+            moved[f.name] = value if isinstance(value, int) else value.to(device, **kwargs)
         return type(self)(**moved)
 
 

@@ -51,7 +51,9 @@ def own_candidates(samples: Iterable[QuestionSample], count: int, *, keep_positi
 
 
 class StoreCandidates:
-    """Finds documents in a store by what the compressor read of them, title and text, or by id.
+    """Finds documents in a store by what the compressor read of them, title and text, by id, or by search.
+
+    A text that the store holds several times is one candidate: its first row stands for all.
 
     Args:
         store: written by the model that is trained.
@@ -59,7 +61,31 @@ class StoreCandidates:
 
     def __init__(self, store: MemoryStore) -> None:
         self.store = store
-        self._rows: dict[bytes, int] | None = None
+        self._row_of: dict[bytes, int] = {}  # the first row of each text
+        first = [self._row_of.setdefault(_digest(document_text(d.title, d.text)), d.row) for d in store]
+        self._first = torch.tensor(first)  # of each row, [N]
+
+    @property
+    def num_texts(self) -> int:
+        """Different texts in the store."""
+        return len(self._row_of)
+
+    def search(self, queries: Tensor, count: int) -> Tensor:
+        """Rows ``[B, count]`` of the nearest different texts, best first.
+
+        Args:
+            queries: ``[B, m, D]``.
+            count: at most :attr:`num_texts`.
+        """
+        size = len(self.store)
+        depth = count
+        while True:
+            # Copies of a text crowd out others: look deeper until every question has enough.
+            rows = self._first[self.store.topk(queries, depth)[1].cpu()]
+            distinct = [list(dict.fromkeys(found))[:count] for found in rows.tolist()]
+            if min(map(len, distinct)) == count:
+                return torch.tensor(distinct)
+            depth = min(2 * depth, size)
 
     def rows_of(self, sample: QuestionSample, indices: Sequence[int]) -> list[int]:
         """Rows of some of the sample's documents.
@@ -67,11 +93,7 @@ class StoreCandidates:
         Raises:
             ValueError: the store does not hold one of them.
         """
-        if self._rows is None:
-            self._rows = {}
-            for document in self.store:
-                self._rows.setdefault(_digest(document_text(document.title, document.text)), document.row)
-        rows = [self._rows.get(_digest(sample.documents[i])) for i in indices]
+        rows = [self._row_of.get(_digest(sample.documents[i])) for i in indices]
         for i, row in zip(indices, rows, strict=True):
             if row is None:
                 raise ValueError(
@@ -88,7 +110,8 @@ class StoreCandidates:
                 f"sample {sample.id}: gold_ids names {foreign[0]!r}, which the store {self.store.path} does not hold"
             )
         if sample.gold_ids:
-            return [self.store.ids[name] for name in sample.gold_ids]
+            rows = self._first[[self.store.ids[name] for name in sample.gold_ids]]
+            return list(dict.fromkeys(rows.tolist()))
         return self.rows_of(sample, sample.positives)
 
     def given(self, samples: Iterable[QuestionSample], count: int, *, keep_positives: bool) -> list[JointSample]:

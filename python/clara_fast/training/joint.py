@@ -137,8 +137,8 @@ class JointTrainer(AnswerTrainer):
     @property
     def _num_found(self) -> int:
         """Candidates that a search brings."""
-        assert self.store is not None
-        return min(self.args.num_candidates, len(self.store))
+        assert self._candidates is not None
+        return min(self.args.num_candidates, self._candidates.num_texts)
 
     # A step
 
@@ -185,18 +185,28 @@ class JointTrainer(AnswerTrainer):
         return super().training_step(model, inputs, num_items_in_batch)
 
     def search(self) -> None:
-        """Search the store anew for the candidates of every training question."""
-        assert self.store is not None
+        """Search the store anew for the candidates of every training question; processes share the work."""
+        assert self._candidates is not None
         questions = list(self._place)
-        found = []
-        for start in range(0, len(questions), SEARCH_BATCH):
-            queries = self.model.encode_queries(questions[start : start + SEARCH_BATCH])
-            found.append(self.store.topk(queries, self._num_found)[1])
-        self._found, self._found_at = torch.cat(found), self.state.global_step
+        # A pass through a sharded model needs every process, so that none can have questions of its own.
+        parts = 1 if self.is_fsdp_enabled else self.accelerator.num_processes
+        share = -(-len(questions) // parts)
+        start = share * (self.accelerator.process_index % parts)
+        # The last share may be short, and what is gathered must not be.
+        own = [questions[min(i, len(questions) - 1)] for i in range(start, start + share)]
+        rows = torch.cat([self._search(own[i : i + SEARCH_BATCH]) for i in range(0, share, SEARCH_BATCH)])
+        if parts > 1:
+            rows = self.accelerator.gather(rows.to(self.args.device)).cpu()
+        self._found, self._found_at = rows[: len(questions)], self.state.global_step
 
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        super()._save(output_dir, state_dict)
-        if self._found is not None:
+    def _search(self, questions: Sequence[str]) -> Tensor:
+        """Rows ``[B, num_found]`` of the nearest documents, no text twice."""
+        assert self._candidates is not None
+        return self._candidates.search(self.model.encode_queries(questions), self._num_found)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        super().save_model(output_dir, _internal_call)
+        if self._found is not None and self.args.should_save:
             save_file({"rows": self._found}, Path(str(output_dir or self.args.output_dir)) / FOUND_FILE)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
@@ -254,7 +264,8 @@ class JointTrainer(AnswerTrainer):
         queries = model.encode_queries([s.sample.question for s in samples])
         if self._searching:
             assert self.store is not None
-            for rows in self.store.topk(queries, min(depth, len(self.store)))[1].tolist():
+            assert self._candidates is not None
+            for rows in self._candidates.search(queries, min(depth, self._candidates.num_texts)).tolist():
                 yield rows, self.store.memory(rows[: self.top_k])
             return
         members, indices = index_candidates([s.candidates for s in samples])

@@ -10,14 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object, save_fsdp_optimizer
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
-from transformers.trainer import TRAINING_ARGS_NAME
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer import SCHEDULER_NAME, TRAINING_ARGS_NAME
 
 from clara_fast.evaluation.answers import AnswerCheck
 from clara_fast.evaluation.controls import Exam, context_losses, format_losses, loss_metrics
 from clara_fast.modeling import Clara, roles
+from clara_fast.modeling.sharding import is_sharded, whole
+from clara_fast.training import checkpoints
 from clara_fast.training.throughput import Throughput
 
 
@@ -35,6 +37,13 @@ class ClaraTrainingArguments(TrainingArguments):
     remove_unused_columns: bool = False
     # A loss that is not finite stops the run; this would hide it.
     logging_nan_inf_filter: bool = False
+    # What is frozen is told by requires_grad, and all that is not takes part in every step.
+    ddp_find_unused_parameters: bool | None = False
+
+    def __post_init__(self) -> None:
+        # Unless told so, transformers on a machine without accelerator lets each of several processes train by itself.
+        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
+        super().__post_init__()
 
 
 @dataclass
@@ -65,8 +74,11 @@ class ClaraTrainer(Trainer):
 
     The log has tokens per second, MFU and peak memory (:mod:`clara_fast.training.throughput`) and each trained role's
     gradient norm (before clipping) beside what transformers logs. A loss or gradient that is not finite raises
-    :class:`NonFiniteError` before it changes a weight, so that the last checkpoint stays good. Batches name their
-    ``samples``, which have an ``id``.
+    :class:`NonFiniteError`, in all processes, before it changes a weight, so that the last checkpoint stays good.
+    Batches name their ``samples``, which have an ``id``.
+
+    A checkpoint is written beside its place and renamed when all processes have written their part: it is whole or
+    absent.
     """
 
     # The Trainer allows for any model, arguments and datasets; a stage has its own.
@@ -76,24 +88,23 @@ class ClaraTrainer(Trainer):
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
-        self._samples: list[Any] = []  # of this optimizer step
+        self._batches: list[tuple[list[Any], Tensor]] = []  # samples and loss of each in this optimizer step
         self._norms: dict[str, Tensor] = {}
         self._throughput = Throughput(self.model)
         self._busy_since: float | None = None
+        self._staging: Path | None = None
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
         started = self._busy_since or time.perf_counter()
         samples = inputs["samples"]
-        self._samples += samples
         self._throughput.add(inputs)
         loss = super().training_step(model, inputs, num_items_in_batch)
-        if not bool(loss.isfinite()):
-            raise self._not_finite(f"the loss is {float(loss)}", self._blame(samples))
+        self._batches.append((samples, loss))
         if self.accelerator.sync_gradients:
-            self._check_gradients()
-            self._samples = []
+            self._check_step()
+            self._batches = []
         self._busy_since = time.perf_counter()
         self._throughput.seconds += self._busy_since - started
         return loss
@@ -111,43 +122,123 @@ class ClaraTrainer(Trainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
-    def _check_gradients(self) -> None:
-        for role in sorted(self.model.roles & self.model.trainable):
-            gradients = [p.grad for p in roles.role_parameters(self.model.lm, role).values() if p.grad is not None]
-            self._norms[role] = nn.utils.get_total_norm(gradients)
+    # Numbers that went wrong
+
+    def _check_step(self) -> None:
+        """Raise in every process if a loss or a gradient is not finite in any."""
+        self._norms = {
+            role: whole(nn.utils.get_total_norm([p.grad for p in self._trained(role) if p.grad is not None]))
+            for role in sorted(self.model.roles & self.model.trainable)
+        }
+        losses = torch.stack([loss for _, loss in self._batches])
+        bad = [~losses.isfinite().all(), losses.new_zeros((), dtype=torch.bool)]
         scaler = self.accelerator.scaler
         if scaler is not None:
             # Scaled gradients may overflow: the scaler leaves such a step out by itself.
             self._norms = {role: norm / scaler.get_scale() for role, norm in self._norms.items()}
-        elif self._norms and not bool(torch.stack(list(self._norms.values())).isfinite().all()):
-            raise self._not_finite("a gradient is not finite", [sample.id for sample in self._samples])
+        elif self._norms:
+            bad[1] = ~torch.stack(list(self._norms.values())).isfinite().all()
+        bad_loss, bad_gradient = self.accelerator.reduce(torch.stack(bad).float()).tolist()
+        if bad_loss:
+            suspects = [sample for samples, loss in self._batches if not loss.isfinite() for sample in samples]
+            value = next((float(loss) for loss in losses if not loss.isfinite()), None)
+            found = gather_object([(value, self._blame(suspects), [sample.id for sample in suspects])])
+            value = next(value for value, _, _ in found if value is not None)
+            blamed = [name for _, names, _ in found for name in names]
+            raise self._not_finite(f"the loss is {value}", blamed or [n for _, _, names in found for n in names])
+        if bad_gradient:
+            ids = gather_object([sample.id for samples, _ in self._batches for sample in samples])
+            raise self._not_finite("a gradient is not finite", ids)
 
-    def _blame(self, samples: Sequence[Any]) -> list[str]:
-        """Ids of the samples whose loss alone is not finite; of all, if none is."""
+    def _trained(self, role: str) -> list[nn.Parameter]:
+        return list(roles.role_parameters(self.model.lm, role).values())
+
+    def _blame(self, suspects: Sequence[Any]) -> list[str]:
+        """Ids of the samples whose loss alone is not finite.
+
+        A pass through a sharded model needs every process: those with fewer suspects compute some again.
+        """
         bad = []
+        count = torch.tensor([len(suspects)], device=self.args.device)
+        some = suspects or self._batches[0][0]
         with self.model.inference():
-            for sample in samples:
+            for i in range(int(self.accelerator.gather(count).max())):
+                sample = some[i % len(some)]
                 loss: Any = self.compute_loss(self.model, self._prepare_inputs(self.data_collator([sample])))
-                if not math.isfinite(float(loss)):
+                if i < len(suspects) and not math.isfinite(float(loss)):
                     bad.append(sample.id)
-        return bad or [sample.id for sample in samples]
+        return bad
 
     def _not_finite(self, what: str, ids: Sequence[str]) -> NonFiniteError:
-        folder = Path(self.args.output_dir)
-        last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+        last = checkpoints.last_checkpoint(Path(self.args.output_dir))
         return NonFiniteError(
             f"step {self.state.global_step + 1}: {what} (samples {', '.join(ids)}); no weight was changed by it; "
             + (f"the last good checkpoint is {last}" if last else "no checkpoint was written before"),
             ids,
         )
 
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+    # Several processes, and checkpoints
+
+    def train(self, *args: Any, **options: Any) -> Any:
+        """As ``Trainer.train``; every process starts from the weights of the first (as DDP has it, and FSDP2 not)."""
+        if self.accelerator.num_processes > 1:
+            for parameter in self.model.parameters():
+                if parameter.requires_grad and not is_sharded(parameter):
+                    value = parameter.data.to(self.args.device)
+                    torch.distributed.broadcast(value, 0)
+                    parameter.data.copy_(value)
+        return super().train(*args, **options)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        out, args = Path(self._get_output_dir(trial)), self.args
+        name = f"{checkpoints.PREFIX}{self.state.global_step}"
+        staging = out / checkpoints.UNFINISHED
+        if self.is_local_process_zero():
+            checkpoints.clear_unfinished(out)
+        self.accelerator.wait_for_everyone()
+        self._staging = staging
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self._staging = None
+        best = self.state.best_model_checkpoint
+        if best is not None and Path(best).parent == staging:
+            self.state.best_model_checkpoint = str(out / Path(best).name)
+            if args.should_save:
+                self.state.save_to_json(str(staging / name / checkpoints.TRAINER_STATE_NAME))
+        self.accelerator.wait_for_everyone()
+        if self.is_world_process_zero():
+            checkpoints.publish(out, name)
+        self.accelerator.wait_for_everyone()
+        if self.is_local_process_zero() and (staging / name).exists():  # another machine with a disk of its own
+            checkpoints.publish(out, name)
+        if args.should_save:
+            best = self.state.best_model_checkpoint
+            checkpoints.rotate(out, args.save_total_limit, {out / name, *([Path(best)] if best else [])})
+            checkpoints.clear_unfinished(out)
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self._staging or super()._get_output_dir(trial))
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Only what the base model lacks is saved, in full precision: a resumed run goes on with the same numbers."""
         folder = Path(str(output_dir or self.args.output_dir))
-        folder.mkdir(parents=True, exist_ok=True)
-        self.model.save_pretrained(folder, adapter_dtype=torch.float32)
-        torch.save(self.args, folder / TRAINING_ARGS_NAME)
+        if self.args.should_save:
+            folder.mkdir(parents=True, exist_ok=True)
+        self.model.save_pretrained(folder, adapter_dtype=torch.float32, is_main_process=self.args.should_save)
+        if self.args.should_save:
+            torch.save(self.args, folder / TRAINING_ARGS_NAME)
         self._busy_since = None
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self.is_fsdp_enabled:
+            return super()._save_optimizer_and_scheduler(output_dir)
+        # transformers would save the whole base model as well.
+        accelerator = self.accelerator
+        save_fsdp_optimizer(accelerator.state.fsdp_plugin, accelerator, self.optimizer, self.model, output_dir)
+        if self.args.should_save and self.lr_scheduler is not None:
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+        return None
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         from clara_fast.modeling.checkpoint import load_weights
@@ -161,7 +252,7 @@ class ClaraTrainer(Trainer):
 class AnswerTrainer(ClaraTrainer):
     """The stages that learn from answers: their cross-entropy, averaged over all answer tokens of an optimizer step.
 
-    ``mse_weight`` times the MSE of mean memory and mean text state is added.
+    ``mse_weight`` times the MSE of mean memory and mean text state is added, averaged over all documents of the step.
     """
 
     mse_weight = 0.0
@@ -170,6 +261,15 @@ class AnswerTrainer(ClaraTrainer):
         super().__init__(*args, **options)
         # compute_loss divides by the answer tokens of the whole step, so the Trainer must not divide again.
         self.model_accepts_loss_kwargs = True
+        self._num_documents: Any = None  # of the whole step, likewise
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
+        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if self.mse_weight and num_items is not None:
+            count = torch.tensor(sum(len(batch["documents"]) for batch in batches), device=device)
+            whole_step = self.args.average_tokens_across_devices
+            self._num_documents = self.accelerator.gather(count).sum() if whole_step else count
+        return batches, num_items
 
     def model_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """Arguments of :meth:`Clara.forward` from a batch."""
@@ -183,12 +283,13 @@ class AnswerTrainer(ClaraTrainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         output = model(**self.model_inputs(inputs), num_items=num_items_in_batch)
-        loss = output.lm_loss
-        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
-            loss = loss * self.accelerator.num_processes
+        loss, mse = output.lm_loss, output.mse_loss
         if self.mse_weight:
-            parts = 1 if num_items_in_batch is None else self.current_gradient_accumulation_steps
-            loss = loss + self.mse_weight * output.mse_loss / parts
+            if num_items_in_batch is not None:
+                mse = mse * (len(inputs["documents"]) / self._num_documents)
+            loss = loss + self.mse_weight * mse
+        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
+            loss = loss * self.accelerator.num_processes  # gradients and logged losses are averaged over processes
         return (loss, output) if return_outputs else loss
 
     def examine(self, exams: Iterable[Sequence[Exam]], prefix: str) -> dict[str, float]:

@@ -62,11 +62,8 @@ def bwd_query_blocks(architecture: int, element_size: int, size: int) -> list[Bl
 
 
 def bwd_key_blocks(architecture: int, element_size: int, size: int) -> list[Blocks]:
-    family = _family(architecture)
     if element_size == 4:
         return [_blocks(32, 32, 8, 1) if size <= 64 else _blocks(16, 32 if size <= 128 else 16, 8, 2, 32)]
     if size > 128:
         return [_blocks(32, 32, 8, 1)]
-    if size > 64:
-        return [_blocks(64, 64, 8, 2) if family == 80 else _blocks(32, 64, 8, 2)]
-    return [_blocks(32 if family == 80 else 64, 64, 8, 2)]
+    return [_blocks(32 if size > 64 or _family(architecture) == 80 else 64, 64, 8, 2)]

@@ -226,11 +226,14 @@ def gpu(monkeypatch):
 )
 def test_cuda_kernel_is_called_for_what_it_takes(gpu, keys, k, native):
     kernel = ops.cosine_topk.__globals__["_kernel"]
+    row_scales, group_scales = torch.ones(50), torch.ones(50, 2)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert (kernel(OnGpu(2, 8), keys, k) is _library.native_cuda["cosine_topk"]) == native
-        assert kernel(OnGpu(2, 8, dtype=torch.float64), keys, k) is None
-        assert kernel(OnGpu(0, 8), keys, k) is None
+        for scales in (None, row_scales):
+            assert (kernel(OnGpu(2, 8), keys, k, scales) is _library.native_cuda["cosine_topk"]) == native
+        assert kernel(OnGpu(2, 8), keys, k, group_scales) is None
+        assert kernel(OnGpu(2, 8, dtype=torch.float64), keys, k, None) is None
+        assert kernel(OnGpu(0, 8), keys, k, None) is None
 
 
 def test_a_gpu_without_an_image_is_said_once(gpu):

@@ -28,15 +28,17 @@ class RoleLinear(Linear):
         up: Any = self.lora_B[role].weight
         base: Any = self.base_layer
         scaling = self.scaling[role]
+        dropout = self.lora_dropout[role]
+        chance = getattr(dropout, "p", 0.0) if dropout.training else 0.0
         rows = x.reshape(-1, x.shape[-1])
-        if not torch.is_grad_enabled() and _merging_pays(rows.shape[0], base.weight, up) and not _autocasts(x):
+        # No gradient is asked for in the forward of a reentrant checkpoint either, where dropout is on.
+        graph = torch.is_grad_enabled() or chance or _autocasts(x)
+        if not graph and _merging_pays(rows.shape[0], base.weight, up):
             out = F.linear(rows, torch.addmm(base.weight, up, down, alpha=scaling), base.bias)
         elif rows.shape[0] < down.shape[0] and base.weight.dtype != down.dtype:
             return super().forward(x)  # a cast of the rows costs less than one of the adapters
         else:
             out = base(rows)
-            dropout = self.lora_dropout[role]
-            chance = getattr(dropout, "p", 0.0) if dropout.training else 0.0
             rows, down = rows.to(out.dtype), down.to(out.dtype)
             hidden = _DroppedLinear.apply(rows, down, chance) if chance else F.linear(rows, down)
             # Nothing that made ``out`` needs its value in backward.

@@ -24,7 +24,7 @@ import clara_fast.training as training
 from clara_fast import Clara, MemoryStore
 from clara_fast.data import QuestionSample, ScpSample
 from clara_fast.modeling import roles
-from clara_fast.modeling.sharding import is_sharded, whole
+from clara_fast.modeling.sharding import is_sharded, plain_name, whole
 from tests.modeling.tiny import DOCUMENTS
 
 TEXTS = [document[: 30 + 5 * i] for i, document in enumerate(DOCUMENTS)]
@@ -168,7 +168,7 @@ def train(folder: Path, run: Run) -> dict[str, Any]:
     found["norms"] = [entry["grad_norm"] for entry in trainer.state.log_history if "loss" in entry]
     trained = [(n, p) for n, p in trainer.accelerator.unwrap_model(trainer.model).named_parameters() if p.requires_grad]
     found["sharded"] = all(is_sharded(parameter) for _, parameter in trained)
-    found["weights"] = {name: whole(parameter.detach()).clone() for name, parameter in trained}
+    found["weights"] = {plain_name(name): whole(parameter.detach()).clone() for name, parameter in trained}
     return found
 
 

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from clara_fast.modeling.config import LoraSettings
 from clara_fast.modeling.lora import use_role_linears
+from clara_fast.modeling.sharding import plain_name
 
 Role = Literal["compressor", "query_reasoner", "generator"]
 ROLES: tuple[Role, ...] = get_args(Role)
@@ -70,7 +71,7 @@ def role_parameters(lm: nn.Module, role: str) -> dict[str, nn.Parameter]:
     for name, parameter in lm.named_parameters():
         for matrix in ("lora_A", "lora_B"):
             if f".{matrix}.{role}." in name:
-                found[name.replace(f".{matrix}.{role}.", f".{matrix}.")] = parameter
+                found[plain_name(name).replace(f".{matrix}.{role}.", f".{matrix}.")] = parameter
     return found
 
 

@@ -10,6 +10,15 @@ from typing import Any
 from torch import Tensor
 
 
+# What checkpoints of activations, switched on in FSDP's options, put into the names of what they wrap.
+_WRAPPED = "_checkpoint_wrapped_module."
+
+
+def plain_name(name: str) -> str:
+    """A parameter's name as it is without wrappers around its layer."""
+    return name.replace(_WRAPPED, "")
+
+
 def is_sharded(tensor: Tensor) -> bool:
     """Whether each process holds only a part of ``tensor``."""
     return hasattr(tensor, "full_tensor")

@@ -9,7 +9,6 @@ from typing import Any
 
 from torch import Tensor
 
-
 # What checkpoints of activations, switched on in FSDP's options, put into the names of what they wrap.
 _WRAPPED = "_checkpoint_wrapped_module."
 

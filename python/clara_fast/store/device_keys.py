@@ -10,12 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clara_fast.store.search import Block
+from clara_fast.store.manifest import ShardEntry
+from clara_fast.store.search import Block, Keys, checked_room, forget, size_of
 
 _SLOTS = 2
 _SHARE = 0.8
-
-Keys = tuple[Tensor, Tensor | None]
 
 
 class DeviceKeys:
@@ -34,9 +33,7 @@ class DeviceKeys:
         self._cuda = self.device.type == "cuda"
         if resident_bytes is None:
             resident_bytes = int(_SHARE * torch.cuda.mem_get_info(self.device)[0]) if self._cuda else 0
-        elif resident_bytes < 0:
-            raise ValueError(f"resident_bytes ({resident_bytes}) must not be negative")
-        self._room = resident_bytes
+        self._room = checked_room(resident_bytes)
         self._resident: dict[Any, Keys] = {}
         self._slots: list[_Slot] = []
         self._copies = torch.cuda.Stream(self.device) if self._cuda else None
@@ -44,10 +41,10 @@ class DeviceKeys:
     @property
     def resident_bytes(self) -> int:
         """What stays on the device now."""
-        return sum(_size(keys) for keys in self._resident.values())
+        return sum(size_of(keys) for keys in self._resident.values())
 
-    def keep_only(self, shards: Iterable[Any]) -> None:
-        """Let go of keys whose shard's memories are in none of ``shards``, the entries of a manifest."""
+    def keep_only(self, shards: Iterable[ShardEntry]) -> None:
+        """Let go of keys whose shard's memories are in none of ``shards``."""
         names = {entry.memory for entry in shards}
         self._resident = {name: keys for name, keys in self._resident.items() if name[0] in names}
 
@@ -72,23 +69,23 @@ class DeviceKeys:
             waiting = coming
 
     def _bring(self, block: Block, turn: int) -> tuple[Keys, _Slot | None]:
-        name = (block.shard.entry.memory, block.rows.start, block.kind)
+        name = block.name
         if name in self._resident:
             return self._resident[name], None
         keys = block.keys()
-        if self.resident_bytes + _size(keys) <= self._room:
+        if self.resident_bytes + size_of(keys) <= self._room:
             # Always a copy: on a CPU `to` would keep what is mapped.
             kept = tuple(
                 None if part is None else torch.empty_like(part, device=self.device).copy_(part) for part in keys
             )
             self._resident[name] = kept  # type: ignore[assignment]
-            block.release()
+            forget(keys)
             return self._resident[name], None
         if not self._slots:
             self._slots = [_Slot(self.device, self._copies) for _ in range(_SLOTS)]
         slot = self._slots[turn % _SLOTS]
         on_device = slot.copy(keys)
-        block.release()
+        forget(keys)
         return on_device, slot
 
 
@@ -141,7 +138,3 @@ class _Slot:
 
 def _view(buffer: Tensor, start: int, like: Tensor) -> Tensor:
     return buffer[start : start + like.numel() * like.element_size()].view(like.dtype).view(like.shape)
-
-
-def _size(keys: Keys) -> int:
-    return sum(part.numel() * part.element_size() for part in keys if part is not None)

@@ -238,15 +238,16 @@ class StoreReader:
     def to(self, device: torch.device | str, *, resident_bytes: int | None = None) -> Self:
         """Search on ``device`` from now on; results stay on the CPU.
 
-        Keys are copied there when they are first searched and stay, as many as fit; the rest is streamed through at
-        every search.
+        Keys are copied to a GPU when they are first searched and stay, as many as fit; the rest is streamed through at
+        every search. On a CPU they are read in place, and as many pages stay mapped.
 
         Args:
-            device: ``"cpu"``: read in place; or a GPU.
-            resident_bytes: what may stay on a GPU; default: 80 % of what is free there now.
+            device: ``"cpu"`` or a GPU.
+            resident_bytes: what may stay; default: 80 % of what is free on a GPU now, on a CPU a quarter of the
+                machine's memory. With 0 a search on the CPU keeps no more than one block resident, but is slower.
         """
         place = torch.device(device)
-        self._keys = search.MappedKeys() if place.type == "cpu" else DeviceKeys(place, resident_bytes)
+        self._keys = search.MappedKeys(resident_bytes) if place.type == "cpu" else DeviceKeys(place, resident_bytes)
         return self
 
     def stats(self) -> dict[str, Any]:
@@ -295,8 +296,7 @@ class StoreReader:
         self._pin.move(manifest.generation)
         if manifest != self._manifest:
             self._snapshot = Snapshot(self.path, manifest, before=self._snapshot)
-            if isinstance(self._keys, DeviceKeys):
-                self._keys.keep_only(manifest.shards)
+            self._keys.keep_only(manifest.shards)
 
     def _newest(self, manifest: Manifest) -> Manifest:
         """The manifest on disk, pinned: what it names stays."""

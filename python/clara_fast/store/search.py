@@ -11,10 +11,14 @@ import torch
 from torch import Tensor
 
 from clara_fast import ops
+from clara_fast.store import pages
+from clara_fast.store.files import FileFacts
 from clara_fast.store.formats import take
+from clara_fast.store.manifest import ShardEntry
 from clara_fast.store.shard import Shard
 from clara_fast.store.snapshot import Snapshot
 
+Keys = tuple[Tensor, Tensor | None]
 KEYS = ("memory", "pooled")
 # Large enough that starting a scan costs nothing, small enough that what is resident stays small.
 BLOCK_BYTES = 64 << 20
@@ -33,18 +37,19 @@ class Block:
     place: int
     kind: str
 
-    def keys(self) -> tuple[Tensor, Tensor | None]:
+    @property
+    def name(self) -> tuple[FileFacts, int, str]:
+        """The same for the same keys, also after a refresh."""
+        return self.shard.entry.memory, self.rows.start, self.kind
+
+    def keys(self) -> Keys:
         """``[n, R]`` as it is stored, mapped, and the scales ``[n]`` or ``[n, m]`` of 8-bit keys."""
         stored = self.shard.rows
         values = stored.memory.flatten(1) if self.kind == "memory" else stored.pooled
         scales = stored.scales if self.kind == "memory" else stored.pooled_scales
         assert values is not None, "checked by topk"
+        self.shard.bring(self.kind, self.rows)
         return values[self.rows], None if scales is None else scales[self.rows]
-
-    def release(self) -> None:
-        """Unmap the pages that were touched."""
-        if self.kind == "memory":
-            self.shard.release(self.rows)
 
 
 class KeySource(Protocol):
@@ -52,18 +57,68 @@ class KeySource(Protocol):
 
     device: torch.device
 
-    def read(self, blocks: Iterable[Block]) -> Iterator[tuple[Block, Tensor, Tensor | None]]: ...
+    def read(self, blocks: Iterable[Block]) -> Iterator[tuple[Block, Tensor, Tensor | None]]:
+        """Each block with its keys and scales on the device, in order; valid until the next is asked for."""
+        ...
+
+    def keep_only(self, shards: Iterable[ShardEntry]) -> None:
+        """Let go of keys whose shard's memories are in none of ``shards``."""
+        ...
 
 
 class MappedKeys:
-    """Keys read in place through the memory map."""
+    """Keys read in place through the memory map.
+
+    Pages that were read stay mapped, up to ``resident_bytes``, and the next search finds them; the others are let go
+    once compared and cost a fault when they come again. Either way they are the system's cache, not copies.
+
+    Args:
+        resident_bytes: default: a quarter of the machine's memory.
+    """
 
     device = torch.device("cpu")
 
+    def __init__(self, resident_bytes: int | None = None) -> None:
+        self._room = pages.machine_memory() // 4 if resident_bytes is None else checked_room(resident_bytes)
+        self._used = 0
+        self._kept: dict[tuple[FileFacts, int, str], int] = {}
+
+    def keep_only(self, shards: Iterable[ShardEntry]) -> None:
+        files = {entry.memory for entry in shards}
+        self._kept = {name: size for name, size in self._kept.items() if name[0] in files}
+        self._used = sum(self._kept.values())
+
     def read(self, blocks: Iterable[Block]) -> Iterator[tuple[Block, Tensor, Tensor | None]]:
         for block in blocks:
-            yield block, *block.keys()
-            block.release()
+            keys = block.keys()
+            yield block, *keys
+            if block.name in self._kept:
+                continue
+            size = size_of(keys)
+            if self._used + size <= self._room:
+                self._kept[block.name] = size
+                self._used += size
+            else:
+                forget(keys)
+
+
+def checked_room(resident_bytes: int) -> int:
+    """``resident_bytes``, which must not be negative."""
+    if resident_bytes < 0:
+        raise ValueError(f"resident_bytes ({resident_bytes}) must not be negative")
+    return resident_bytes
+
+
+def size_of(keys: Keys) -> int:
+    """Bytes of keys and their scales."""
+    return sum(part.numel() * part.element_size() for part in keys if part is not None)
+
+
+def forget(keys: Keys) -> None:
+    """Let the mapped pages of keys and their scales go from this process."""
+    for part in keys:
+        if part is not None:
+            pages.forget(part)
 
 
 def blocks_of(snapshot: Snapshot, kind: str, shards: Iterable[int]) -> Iterator[Block]:

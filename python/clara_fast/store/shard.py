@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
-import functools
 import json
-import mmap
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from itertools import groupby
@@ -18,6 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from clara_fast.store import pages
 from clara_fast.store.documents import Document
 from clara_fast.store.errors import StoreDamagedError
 from clara_fast.store.files import FileFacts, file_sha256
@@ -134,11 +132,23 @@ class Shard:
         """Ids of all rows, deleted ones too."""
         return self.table(["id"]).column("id").to_pylist()
 
-    def release(self, rows: slice) -> None:
-        """Let the pages of these memories go from this process: a long scan shall not fill memory."""
-        memory = self._tensors["memory"][rows]
-        if memory.numel():
-            _forget_pages(memory.data_ptr(), memory.numel() * memory.element_size())
+    def bring(self, name: str, rows: slice) -> None:
+        """Have rows of one of the tensors in the system's cache: see :func:`clara_fast.store.pages.bring`."""
+        mapped = self._tensors[name]
+        width = mapped[:1].numel() * mapped.element_size()
+        pages.bring(mapped[rows], self._path(self.entry.memory), self._starts[name] + (rows.start or 0) * width)
+
+    @cached_property
+    def _starts(self) -> dict[str, int]:
+        """Where in the file each tensor begins."""
+        try:
+            with open(self._path(self.entry.memory), "rb") as file:
+                length = int.from_bytes(file.read(8), "little")
+                header = json.loads(file.read(length))
+        except OSError as error:
+            raise self._damaged(self.entry.memory, error.strerror or str(error)) from None
+        header.pop("__metadata__", None)
+        return {name: 8 + length + about["data_offsets"][0] for name, about in header.items()}
 
     def problems(self) -> list[str]:
         """What is wrong with the shard's files, read in full; empty if nothing is."""
@@ -159,6 +169,7 @@ class Shard:
         return found
 
     def _probe_memory(self) -> None:
+        self.__dict__.pop("_starts", None)
         self.__dict__.pop("_tensors", None)  # what is mapped may be an older file than what the name now means
         _ = self._tensors
 
@@ -199,18 +210,3 @@ class Shard:
             "documents (clara-fast inspect STORE --repair) and compress them again"
         )
         return StoreDamagedError(message, shards=[self.entry.name])
-
-
-def _forget_pages(address: int, size: int) -> None:
-    if (madvise := _madvise()) is not None:
-        start = address // mmap.PAGESIZE * mmap.PAGESIZE
-        madvise(ctypes.c_void_p(start), ctypes.c_size_t(address + size - start), mmap.MADV_DONTNEED)
-
-
-@functools.cache
-def _madvise() -> ctypes._NamedFuncPointer | None:
-    # Elsewhere MADV_DONTNEED has other meanings, or none. On Linux it drops the pages of a file from this process
-    # only: the system keeps them in its cache, and touching them again maps them again.
-    if not hasattr(mmap, "MADV_DONTNEED") or not hasattr(mmap, "MADV_DONTFORK"):
-        return None
-    return ctypes.CDLL(None).madvise

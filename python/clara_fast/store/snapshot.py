@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from clara_fast.store import pages
 from clara_fast.store.documents import Document
 from clara_fast.store.errors import StoreError
 from clara_fast.store.formats import FORMATS, Rows, take
@@ -93,7 +94,7 @@ class Snapshot:
             members = shard.row_of_live(live)
             stored = shard.rows
             yield stored[torch.from_numpy(members) if len(shard.deleted) else slice(int(live[0]), int(live[-1]) + 1)]
-            shard.release(slice(int(members[0]), int(members[-1]) + 1))
+            pages.forget(stored.memory[int(members[0]) : int(members[-1]) + 1])
 
     def checked(self, rows: Sequence[int] | Tensor | np.ndarray) -> np.ndarray:
         """Rows as int64, each of them in the store.

@@ -46,7 +46,7 @@ def refused(capsys, out, arguments, code=2):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"gold_answer": None}, "line 2: there is no answer: gold_answer, answers or answer must hold one"),
+        ({"gold_answer": None}, "line 2: there is no answer: gold_answer, golden_answers, answers or answer must hold"),
         ({"gold_answer": []}, "line 2: there is no answer"),
         ({"gold_answer": " "}, "line 2: gold_answer must hold answers with text"),
         ({"docs": []}, "line 2: docs must hold at least one candidate document"),

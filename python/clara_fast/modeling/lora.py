@@ -7,6 +7,8 @@ of the base. Parameters, names and files are peft's.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,9 +16,18 @@ import torch.nn.functional as F
 from peft.tuners.lora import Linear
 from torch import Tensor, nn
 
+from clara_fast.modeling.sharding import is_sharded
+
 
 class RoleLinear(Linear):
-    """peft's layer over a plain ``nn.Linear``. Whatever else peft can do (merging, variants, ...) is left to it."""
+    """peft's layer over a plain ``nn.Linear``. Whatever else peft can do (merging, variants, ...) is left to it.
+
+    Without gradients ``B @ A`` is added to a copy of the weight where that is less work, and only where the weight is
+    as wide as the adapters: in bfloat16, what is small beside the weight would round away.
+    """
+
+    # Within merged_once(): the merged weight of each role that was used.
+    kept: dict[str, Tensor] | None = None
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         role = self._active_adapter
@@ -33,7 +44,13 @@ class RoleLinear(Linear):
         rows = x.reshape(-1, x.shape[-1])
         # No gradient is asked for in the forward of a reentrant checkpoint either, where dropout is on.
         graph = torch.is_grad_enabled() or chance or _autocasts(x)
-        if not graph and _merging_pays(rows.shape[0], base.weight, up):
+        merges = not graph and base.weight.dtype == up.dtype
+        kept = self.kept
+        if merges and kept is not None:
+            if role not in kept:
+                kept[role] = torch.addmm(base.weight, up, down, alpha=scaling)
+            out = F.linear(rows, kept[role], base.bias)
+        elif merges and _merging_pays(rows.shape[0], base.weight):
             out = F.linear(rows, torch.addmm(base.weight, up, down, alpha=scaling), base.bias)
         elif rows.shape[0] < down.shape[0] and base.weight.dtype != down.dtype:
             return super().forward(x)  # a cast of the rows costs less than one of the adapters
@@ -53,13 +70,28 @@ def use_role_linears(model: nn.Module) -> None:
             module.__class__ = RoleLinear
 
 
-def _merging_pays(rows: int, weight: Tensor, up: Tensor) -> bool:
-    """Whether adding ``B @ A`` to the weight, for this call alone, is less work than passing the rows through both.
+@contextmanager
+def merged_once(model: nn.Module) -> Iterator[None]:
+    """For many short calls without gradients, as in decoding: weights merged in their first call serve all others.
 
-    Only where the weight is as wide as the adapters: in bfloat16, what is small beside the weight would round away.
+    That takes a second copy of the linear layers, given back at the end, and only where merging loses nothing (see
+    :class:`RoleLinear`). Nothing is kept of weights that are sharded over processes.
     """
+    layers = [m for m in model.modules() if isinstance(m, RoleLinear) and m.kept is None]
+    layers = [layer for layer in layers if not is_sharded(layer.base_layer.weight)]
+    for layer in layers:
+        layer.kept = {}
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.kept = None
+
+
+def _merging_pays(rows: int, weight: Tensor) -> bool:
+    """Whether adding ``B @ A`` to the weight, for this call alone, is less work than passing the rows through both."""
     out_features, in_features = weight.shape
-    return weight.dtype == up.dtype and rows * (in_features + out_features) > 2 * in_features * out_features
+    return rows * (in_features + out_features) > 2 * in_features * out_features
 
 
 def _autocasts(x: Tensor) -> bool:

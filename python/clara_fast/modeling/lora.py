@@ -78,7 +78,8 @@ def merged_once(model: nn.Module) -> Iterator[None]:
     :class:`RoleLinear`). Nothing is kept of weights that are sharded over processes.
     """
     layers = [m for m in model.modules() if isinstance(m, RoleLinear) and m.kept is None]
-    layers = [layer for layer in layers if not is_sharded(layer.base_layer.weight)]
+    weights: list[Any] = [layer.base_layer.weight for layer in layers]
+    layers = [layer for layer, weight in zip(layers, weights, strict=True) if not is_sharded(weight)]
     for layer in layers:
         layer.kept = {}
     try:

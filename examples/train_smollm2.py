@@ -8,9 +8,10 @@ Every step is a command of clara-fast in a folder of its own. What was done is s
 2. `scp-R` for each rate: the same from there at that rate, so that the first steps are paid for once;
 3. `instruct-R`: questions over several documents;
 4. `store-R`, `joint-R`: query reasoner and generator by the loss on the answer, from stored memories;
-5. `model-R`: the adapters alone, in bfloat16.
+5. `retriever-R`: the query reasoner on questions about short passages, to search a whole corpus (InfoNCE);
+6. `model-R`: the adapters alone, in bfloat16.
 
-With `--scale 1` all of it takes about two hours of one CPU core and shows the way, not the method: the paper trains on
+With `--scale 1` all of it takes some hours of one CPU core and shows the way, not the method: the paper trains on
 a thousand times as much. `--scale 20` is what the first experiments suggest, for a GPU.
 """
 
@@ -31,6 +32,7 @@ FIRST_RATE = 8
 MAX_WORDS = 105
 DOCUMENTS = 3
 CANDIDATES = 10
+PASSAGES = 450
 
 
 def main(
@@ -54,7 +56,7 @@ def main(
            "--reconstruction", 0.25, "--config", settings, "--dtype", dtype]  # fmt: skip
     stage(out / f"scp-{FIRST_RATE}", "scp", passages, "--base", base, "--compression-rate", FIRST_RATE,
           "--lora-r", 8, "--lora-dropout", 0, "--connector", "--spread",
-          "--steps", times(180), "--learning-rate", 1e-3, "--seed", 0, *scp)  # fmt: skip
+          "--steps", times(360), "--learning-rate", 1e-3, "--seed", 0, *scp)  # fmt: skip
     for rate in (int(rate) for rate in rates.split(",")):
         stage(out / f"scp-{rate}", "scp", passages, "--model", out / f"scp-{FIRST_RATE}", "--base-model", base,
               "--compression-rate", rate, "--steps", times(240), "--learning-rate", 6e-4,
@@ -69,7 +71,26 @@ def main(
         stage(out / f"joint-{rate}", "joint", corpus, "--model", out / f"instruct-{rate}", "--base-model", base,
               "--store", store, "--top-k", DOCUMENTS, "--num-candidates", CANDIDATES,
               "--epochs", 2, "--batch-size", 8, "--learning-rate", 2e-4, "--dtype", dtype)  # fmt: skip
-        export(out / f"joint-{rate}", out / f"model-{rate}")
+        retriever(out, rate, base, times(72), dtype)
+        export(out / f"retriever-{rate}", out / f"model-{rate}")
+
+
+def retriever(out: Path, rate: int, base: Path, steps: int, dtype: str) -> None:
+    """Some of the passages as a corpus, the first question of every tenth held out."""
+    rows = [json.loads(line) for line in (out / "passages.jsonl").read_text(encoding="utf-8").splitlines()]
+    rows = rows[:: max(1, len(rows) // PASSAGES)][:PASSAGES]
+    corpus = write(out / "corpus.jsonl", [{"id": row["id"], "text": row["docs"][0]} for row in rows])
+    asked = [(question, row["id"], i) for row in rows for i, question in enumerate(row["question"])]
+    held = {(row["id"], 0) for row in rows[::10]}
+    files = [
+        write(out / name, [{"question": q, "gold_ids": [id_]} for q, id_, i in asked if ((id_, i) in held) == wanted])
+        for name, wanted in (("corpus_train.jsonl", False), ("corpus_dev.jsonl", True))
+    ]
+    model, store = out / f"joint-{rate}", out / f"corpus-{rate}"
+    run("compress", corpus, "--model", model, "--base-model", base, "--dtype", dtype, "--out", store)
+    stage(out / f"retriever-{rate}", "retriever", files[0], "--eval", files[1], "--eval-every", 15, "--store", store,
+          "--model", model, "--base-model", base, "--steps", steps, "--batch-size", 32, "--learning-rate", 5e-4,
+          "--dtype", dtype)  # fmt: skip
 
 
 def prepare(data: Path, out: Path, count: int) -> tuple[Path, Path, Path]:
@@ -99,7 +120,7 @@ def export(trained: Path, model: Path) -> None:
     from clara_fast import Clara
 
     clara = Clara.from_pretrained(trained)
-    clara.config.top_k = DOCUMENTS
+    clara.config.top_k = 1  # the demo's questions are about one passage each
     clara.config.base_model = HUB_NAME
     clara.save_pretrained(model)
     for file in (*model.glob("tokenizer*"), model / "chat_template.jinja"):

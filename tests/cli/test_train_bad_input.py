@@ -99,10 +99,10 @@ def test_a_loss_that_is_not_finite(place, tmp_path, capsys):
     assert main([*compress, "--device", "cpu"]) == 0
     (shard,) = store.rglob("*.safetensors")
     data = bytearray(shard.read_bytes())
-    start = 8 + int.from_bytes(data[:8], "little")
-    (place_of,) = (entry["data_offsets"] for name, entry in json.loads(data[8:start]).items() if name != "__metadata__")
-    row = (place_of[1] - place_of[0]) // len(things)
-    data[start + 2 * row : start + 3 * row] = b"\xff" * row  # NaN in every floating-point format
+    header = 8 + int.from_bytes(data[:8], "little")
+    begin, end = (header + offset for offset in json.loads(data[8:header])["memory"]["data_offsets"])
+    row = (end - begin) // len(things)
+    data[begin + 2 * row : begin + 3 * row] = b"\xff" * row  # NaN in every floating-point format
     shard.write_bytes(data)
     joint = ["joint", file, "--model", place / "model", "--store", store, "--top-k", 1, "--steps", 4]
     joint += ["--batch-size", 1, "--eval-every", 1]

@@ -152,6 +152,8 @@ def test_saved_and_loaded_is_the_same_model(tmp_path, architecture, connector):
     assert again.config == once.config
     assert torch.equal(quiet_compress(once, DOCUMENTS), quiet_compress(again, DOCUMENTS))
     assert not [f for f in tmp_path.iterdir() if f.name.startswith(".")]
+    files = [f for f in (tmp_path / "saved").rglob("*") if f.is_file()]
+    assert all(f.stat().st_mode & 0o777 == 0o644 for f in files), "others may read a model that is shared"
 
 
 @pytest.mark.parametrize("rate", [4, 32])

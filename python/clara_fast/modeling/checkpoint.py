@@ -148,8 +148,11 @@ def save_model(model: Clara, path: Path, format: str, adapter_dtype: torch.dtype
     try:
         write(temporary)
         temporary.chmod(0o755)
+        files = [entry for entry in temporary.rglob("*") if entry.is_file()]
+        for file in files:
+            file.chmod(0o644)  # safetensors writes for its owner alone
         if path.is_dir():
-            for file in [entry for entry in temporary.rglob("*") if entry.is_file()]:
+            for file in files:
                 target = path / file.relative_to(temporary)
                 target.parent.mkdir(exist_ok=True)
                 os.replace(file, target)

@@ -6,7 +6,7 @@ is a :class:`ContextLayout`:
 - those given one as the keyword ``clara_layout``, as :class:`clara_fast.Clara` does;
 - packed sequences, told by ``position_ids`` that start again (``DataCollatorWithFlattening``) or by ``cu_seq_lens_q``
   and ``cu_seq_lens_k``: where sdpa fills a mask of rows times rows, and computes what it hides, this computes neither;
-- on a CPU, where the op is faster, every other batch, padded or not, in prefill, in training, and in decode over a
+- on a CPU, every other batch, padded or not, in prefill, in training, and in decode over a
   cache (of any kind, also within a sliding window): each new token reads one run of its sample's keys.
 
 Every other pass (a mask with holes, many tokens over a cache, a prompt longer than a window, a GPU's plain batches)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
+import time
 from collections import Counter
 
 import pytest
@@ -91,6 +92,10 @@ def url(model):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     server = Serve(force_model=str(model), device="cpu", host="127.0.0.1", port=port, non_blocking=True)
+    started = time.monotonic()
+    while not server.server.started:  # Serve returns before it listens
+        assert time.monotonic() - started < 60, "transformers serve does not start"
+        time.sleep(0.05)
     yield f"http://127.0.0.1:{port}"
     server.kill_server()
 

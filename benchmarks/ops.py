@@ -22,6 +22,7 @@ from clara_fast.benchmarks import (
     call_overhead,
     compressed_context_attention,
     cosine_topk,
+    few_rows_linear,
     machine,
     pool_memory,
     report,
@@ -32,7 +33,15 @@ from clara_fast.benchmarks.harness import Options, Result, in_one_line
 from clara_fast.benchmarks.report import Report
 from clara_fast.benchmarks.timing import clock_for
 
-MODULES = (call_overhead, pool_memory, select_memory, compressed_context_attention, cosine_topk, answer_loss)
+MODULES = (
+    call_overhead,
+    pool_memory,
+    select_memory,
+    compressed_context_attention,
+    cosine_topk,
+    few_rows_linear,
+    answer_loss,
+)
 
 
 def all_cases(options: Options, only: str | None = None) -> Iterator:

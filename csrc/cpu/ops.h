@@ -29,6 +29,11 @@ std::tuple<Tensor, Tensor, Tensor> select_memory_backward(Tensor grad_selected, 
                                                           Tensor indices, Tensor scores, double temperature,
                                                           double taken_logit, std::optional<Tensor> valid);
 
+// x [T, in] @ weight [out, in].T + bias, and with down [r, in], up [out, r]: + scaling * (x @ down.T) @ up.T;
+// T is at most kStreamRows.
+Tensor few_rows_linear(Tensor x, Tensor weight, std::optional<Tensor> bias, std::optional<Tensor> down,
+                       std::optional<Tensor> up, double scaling);
+
 // Both write into their last arguments.
 Tensor compressed_context_attention_forward(Tensor query, Tensor key, Tensor value, Tensor q_start,
                                             Tensor q_len, Tensor kv_start, Tensor kv_len, Tensor contexts,

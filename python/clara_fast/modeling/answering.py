@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from clara_fast import ops
-from clara_fast.modeling.lora import merged_once
 from clara_fast.modeling.roles import default_role
 
 if TYPE_CHECKING:
@@ -181,7 +180,7 @@ def generate_ids(
             embeds[row, length - len(ids) :] = fill_prompt(model, ids, memory, row)
             mask[row, length - len(ids) :] = 1
         options = {"do_sample": False, "pad_token_id": model.tokenizer.pad_token_id, **options}
-        with default_role(model.lm.get_decoder(), role), merged_once(model.lm):
+        with default_role(model.lm.get_decoder(), role):
             return model.lm.generate(inputs_embeds=embeds, attention_mask=mask, **options)
 
 

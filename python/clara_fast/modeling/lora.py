@@ -7,8 +7,6 @@ of the base. Parameters, names and files are peft's.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -16,18 +14,16 @@ import torch.nn.functional as F
 from peft.tuners.lora import Linear
 from torch import Tensor, nn
 
-from clara_fast.modeling.sharding import is_sharded
+from clara_fast.ops.few_rows_linear import FewRowsLinear, few_rows_linear
 
 
 class RoleLinear(Linear):
     """peft's layer over a plain ``nn.Linear``. Whatever else peft can do (merging, variants, ...) is left to it.
 
-    Without gradients ``B @ A`` is added to a copy of the weight where that is less work, and only where the weight is
-    as wide as the adapters: in bfloat16, what is small beside the weight would round away.
+    Without gradients a few rows go through weight and adapter at once. For many, ``B @ A`` is added to a copy of the
+    weight where that is less work, and only where the weight is as wide as the adapters: in bfloat16, what is small
+    beside the weight would round away.
     """
-
-    # Within merged_once(): the merged weight of each role that was used.
-    kept: dict[str, Tensor] | None = None
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         role = self._active_adapter
@@ -41,16 +37,12 @@ class RoleLinear(Linear):
         scaling = self.scaling[role]
         dropout = self.lora_dropout[role]
         chance = getattr(dropout, "p", 0.0) if dropout.training else 0.0
-        rows = x.reshape(-1, x.shape[-1])
         # No gradient is asked for in the forward of a reentrant checkpoint either, where dropout is on.
         graph = torch.is_grad_enabled() or chance or _autocasts(x)
-        merges = not graph and base.weight.dtype == up.dtype
-        kept = self.kept
-        if merges and kept is not None:
-            if role not in kept:
-                kept[role] = torch.addmm(base.weight, up, down, alpha=scaling)
-            out = F.linear(rows, kept[role], base.bias)
-        elif merges and _merging_pays(rows.shape[0], base.weight):
+        if not graph and (few := few_rows_linear(x, base.weight, base.bias, down, up, scaling)) is not None:
+            return few
+        rows = x.reshape(-1, x.shape[-1])
+        if not graph and base.weight.dtype == up.dtype and _merging_pays(rows.shape[0], base.weight):
             out = F.linear(rows, torch.addmm(base.weight, up, down, alpha=scaling), base.bias)
         elif rows.shape[0] < down.shape[0] and base.weight.dtype != down.dtype:
             return super().forward(x)  # a cast of the rows costs less than one of the adapters
@@ -64,29 +56,16 @@ class RoleLinear(Linear):
 
 
 def use_role_linears(model: nn.Module) -> None:
-    """Turn peft's layers over plain linear layers into :class:`RoleLinear` (those over quantised ones stay)."""
-    for module in model.modules():
-        if type(module) is Linear and type(module.base_layer) is nn.Linear:
-            module.__class__ = RoleLinear
+    """Turn plain linear layers into :class:`FewRowsLinear`, peft's over them into :class:`RoleLinear`.
 
-
-@contextmanager
-def merged_once(model: nn.Module) -> Iterator[None]:
-    """For many short calls without gradients, as in decoding: weights merged in their first call serve all others.
-
-    That takes a second copy of the linear layers, given back at the end, and only where merging loses nothing (see
-    :class:`RoleLinear`). Nothing is kept of weights that are sharded over processes.
+    Quantised ones stay.
     """
-    layers = [m for m in model.modules() if isinstance(m, RoleLinear) and m.kept is None]
-    weights: list[Any] = [layer.base_layer.weight for layer in layers]
-    layers = [layer for layer, weight in zip(layers, weights, strict=True) if not is_sharded(weight)]
-    for layer in layers:
-        layer.kept = {}
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer.kept = None
+    for module in model.modules():
+        if type(module) is nn.Linear:
+            module.__class__ = FewRowsLinear
+    for module in model.modules():
+        if type(module) is Linear and type(module.base_layer) is FewRowsLinear:
+            module.__class__ = RoleLinear
 
 
 def _merging_pays(rows: int, weight: Tensor) -> bool:

@@ -47,6 +47,7 @@ NATIVE_SCHEMAS = {
         "-> (Tensor, Tensor, Tensor)"
     ),
     "cuda_has_image": "(Tensor probe) -> bool",
+    "few_rows_linear": ("(Tensor x, Tensor weight, Tensor? bias, Tensor? down, Tensor? up, float scaling) -> Tensor"),
     "compressed_context_attention_forward": (
         f"(Tensor query, Tensor key, Tensor value, {LAYOUT_SCHEMA}, Tensor(a!)? lse) -> Tensor"
     ),

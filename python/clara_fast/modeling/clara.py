@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -24,7 +22,7 @@ from clara_fast.modeling.connector import Connector
 from clara_fast.modeling.packing import PackedDocuments, PackedPrompts, batches_by_tokens, pack_documents
 from clara_fast.modeling.prompts import Prompts
 from clara_fast.modeling.roles import Role
-from clara_fast.modeling.sharding import is_sharded, whole
+from clara_fast.modeling.sharding import is_sharded
 from clara_fast.modeling.text import TextEncoder
 
 TRAINABLE_PARTS = (*roles.ROLES, "memory_tokens", "connector")
@@ -269,27 +267,9 @@ class Clara(nn.Module):
         Equal for models that write interchangeable memories: same base (in as many bits), compressor, memory tokens
         and geometry, in whatever dtype they were loaded.
         """
-        c = self.config
-        facts: list[Any] = [
-            c.doc_max_length,
-            c.compression_rate,
-            c.memory_positions,
-            c.distinct_memory_tokens,
-            c.hidden_size,
-        ]
-        if c.quantization_config:
-            names = ("load_in_8bit", "load_in_4bit", "bnb_4bit_quant_type")
-            facts += [c.quantization_config.get(name) for name in names]
-        digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
-        table = whole(self.lm.get_input_embeddings().weight)
-        parts = [table[:64], table[self.text.added_ids], self.memory_embeddings]
-        parts += [parameter for _, parameter in sorted(roles.role_parameters(self.lm, "compressor").items())]
-        parts += list(self.connector.parameters()) if self.connector is not None else []
-        for part in parts:
-            digest.update(
-                whole(part.detach()).to(torch.bfloat16).cpu().contiguous().view(torch.int16).numpy().tobytes()
-            )
-        return digest.hexdigest()[:16]
+        from clara_fast.modeling.fingerprint import fingerprint
+
+        return fingerprint(self)
 
     # Documents and questions to memories
 

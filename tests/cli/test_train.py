@@ -8,7 +8,7 @@ import json
 import pytest
 
 from clara_fast import Clara
-from clara_fast.cli import main, train
+from clara_fast.cli import main, train, train_options
 from clara_fast.cli.train_config import make_arguments, read_config, shipped_configs
 from tests.modeling.tiny import make_base
 
@@ -113,13 +113,13 @@ def test_instruct_compress_and_train_jointly(base, tmp_path, capsys):
 
 
 def test_reports_that_cannot_be_made(monkeypatch):
-    assert train._reports("none") == ["none"]
-    assert train._reports("tensorboard") == ["tensorboard"]
+    assert train_options.reports("none") == ["none"]
+    assert train_options.reports("tensorboard") == ["tensorboard"]
     with pytest.raises(ValueError, match=r"report_to \(tensorbord\) must be none or some of .*tensorboard, .*wandb"):
-        train._reports("tensorboard, tensorbord")
+        train_options.reports("tensorboard, tensorbord")
     monkeypatch.setattr("transformers.integrations.get_available_reporting_integrations", list)
     with pytest.raises(ImportError, match=r"report_to \(wandb\) needs .*: pip install clara-fast\[wandb\]"):
-        train._reports("wandb")
+        train_options.reports("wandb")
 
 
 class TestConfig:

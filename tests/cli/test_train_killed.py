@@ -2,24 +2,70 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
 import signal
-import subprocess
-import sys
+from pathlib import Path
 
 import pytest
+import torch
 
+from clara_fast.cli import main
 from clara_fast.training.checkpoints import UNFINISHED
+from clara_fast.training.trainer import ClaraTrainer
 from tests.modeling.tiny import make_base
+from tests.ranks import run_ranks
 
 COLOURS = ["red", "blue", "green", "black", "white", "brown"]
+# What an unbroken run of 6 steps does at least: 3 checkpoints, of which the oldest is deleted.
+OPERATIONS = 130
+RANDOM = [str(moment) for moment in random.sample(range(1, OPERATIONS), 4)]
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return make_base(tmp_path_factory.mktemp("base"), "mistral")
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def die_at(moment: str) -> None:
+    """Arrange for SIGKILL before the file operation of saving of that number, or ``sN``: in the middle of step N."""
+    count = 0
+
+    def counted(function):
+        def call(*args, **kwargs):
+            nonlocal count
+            count += 1
+            if count == int(moment):
+                die()
+            return function(*args, **kwargs)
+
+        return call
+
+    if moment.startswith("s"):
+        check = ClaraTrainer._check_step
+
+        def dying(trainer):
+            check(trainer)
+            if trainer.state.global_step + 1 == int(moment[1:]):
+                die()
+
+        ClaraTrainer._check_step = dying
+        return
+    os.replace = counted(os.replace)
+    os.rmdir = counted(os.rmdir)  # the last of what deletes a folder
+    os.fsync = counted(lambda descriptor: None)  # a killed process loses nothing that was written: skip the wait
+    torch.save = counted(torch.save)
+
+
+def train(out: Path, arguments: list[str], moment: str | None) -> None:
+    """The command with ``--out OUT``, in this process; its report is ``OUT.json``. The first one dies at ``moment``."""
+    first = os.environ.get("RANK", "0") == "0"
+    if moment is not None and first:
+        die_at(moment)
+    with open(out.with_suffix(".json") if first else os.devnull, "w") as report, contextlib.redirect_stdout(report):
+        code = main(["train", *arguments, "--out", str(out), "--json"])
+    assert code == 0
 
 
 def losses(report):
@@ -31,11 +77,6 @@ def weights(folder):
     return {str(file.relative_to(folder)): file.read_bytes() for file in files}
 
 
-# What an unbroken run of 6 steps does at least: 3 checkpoints, of which the oldest is deleted.
-OPERATIONS = 130
-RANDOM = [str(moment) for moment in random.sample(range(1, OPERATIONS), 4)]
-
-
 @pytest.mark.parametrize(
     ("world", "moments"),
     [
@@ -43,38 +84,33 @@ RANDOM = [str(moment) for moment in random.sample(range(1, OPERATIONS), 4)]
         pytest.param(2, ["s3", *RANDOM[2:]], marks=pytest.mark.slow),
         pytest.param(1, [str(i) for i in range(1, OPERATIONS, 9)], marks=pytest.mark.slow),
     ],
+    ids=["one", "two", "sweep"],
 )
-def test_killed_and_started_again(base, tmp_path, world, moments):
-    train = tmp_path / "train.jsonl"
+def test_killed_and_started_again(tmp_path, world, moments):
+    data = tmp_path / "train.jsonl"
     rows = [
         {"id": str(i), "docs": [f"The {c} door is {i}."], "question": ["Which?"], "answers": [c]}
         for i, c in enumerate(COLOURS * 2)
     ]
-    train.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     config = tmp_path / "small.yaml"
     config.write_text("logging_steps: 1\nuse_cpu: true\ndisable_tqdm: true\n")
-    command = ["train", "scp", str(train), "--base", str(base), "--config", str(config), "--doc-max-length", "32"]
-    command += ["--steps", "6", "--batch-size", str(4 // world), "--eval-every", "2", "--lora-r", "4"]
-    command += ["--connector", "--learning-rate", "0.01"]
-    folder = tmp_path / "runs"
-    folder.mkdir()
-    killer = [sys.executable, "-m", "tests.cli.killing_training", str(folder), str(world), *moments, "--", *command]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    with subprocess.Popen(
-        killer, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-    ) as process:
-        try:
-            printed, complaints = process.communicate(timeout=500)
-        except BaseException:
-            os.killpg(process.pid, signal.SIGKILL)
-            raise
-    assert process.returncode == 0, complaints[-4000:]
-    print(printed)
-    assert printed.split()[1::2].count("1") == len(moments), "every run was killed"
-    expected = weights(folder / "unbroken")
+    base = make_base(tmp_path / "base", "mistral")
+    arguments = ["scp", str(data), "--base", str(base), "--config", str(config), "--doc-max-length", "32"]
+    arguments += ["--steps", "6", "--batch-size", str(4 // world), "--eval-every", "2", "--lora-r", "4"]
+    arguments += ["--connector", "--learning-rate", "0.01"]
+
+    def run(name, moment=None):
+        return run_ranks(world, train, tmp_path / name, arguments, moment, log=tmp_path / f"{name}.log")
+
+    assert run("unbroken")
+    expected = weights(tmp_path / "unbroken")
     assert len(expected) == 3
     for moment in moments:
-        assert losses(folder / f"{moment}.json") == losses(folder / "unbroken.json"), moment
-        assert weights(folder / moment) == expected, moment
-        left = {path.name for path in (folder / moment).iterdir() if path.is_dir()}
+        print("killed at", moment)
+        assert not run(moment, moment), "nothing was left to be killed at"
+        assert run(moment)
+        assert losses(tmp_path / f"{moment}.json") == losses(tmp_path / "unbroken.json")
+        assert weights(tmp_path / moment) == expected
+        left = {path.name for path in (tmp_path / moment).iterdir() if path.is_dir()}
         assert left - {UNFINISHED} == {"compressor", "generator", "checkpoint-4", "checkpoint-6"}

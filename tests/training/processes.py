@@ -1,18 +1,8 @@
-"""Training runs of one process or several: ``python -m tests.training.processes FOLDER`` runs ``FOLDER/runs.json``.
-
-The processes of a run are forked from one that has imported everything. Each leaves ``FOLDER/NAME/RANK.pt``: losses,
-weights, and the error that ended it, if there was one.
-"""
+"""Training runs of one process or several on tiny models, and what each process leaves of them."""
 
 from __future__ import annotations
 
-import json
 import os
-import signal
-import socket
-import subprocess
-import sys
-import traceback
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +16,7 @@ from clara_fast.data import QuestionSample, ScpSample
 from clara_fast.modeling import roles
 from clara_fast.modeling.sharding import is_sharded, plain_name, whole
 from tests.modeling.tiny import DOCUMENTS
+from tests.ranks import run_ranks
 
 TEXTS = [document[: 30 + 5 * i] for i, document in enumerate(DOCUMENTS)]
 ANSWERS = [
@@ -73,20 +64,17 @@ class Run:
     poison: str | None = None
 
 
-def run_all(folder: Path, runs: list[Run], timeout: int = 240) -> None:
-    """Run them in a fresh process, which may fork."""
-    (folder / "runs.json").write_text(json.dumps([vars(run) for run in runs]))
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-m", "tests.training.processes", str(folder)]
-    with subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
-    ) as process:
-        try:
-            printed, _ = process.communicate(timeout=timeout)
-        except BaseException:
-            os.killpg(process.pid, signal.SIGKILL)  # with what it forked
-            raise
-    assert process.returncode == 0, printed[-6000:]
+def run_all(folder: Path, runs: list[Run]) -> None:
+    """Run them, each in processes of its own, that leave ``FOLDER/NAME/RANK.pt``: losses, weights, and its error."""
+    for run in runs:
+        (folder / run.name).mkdir(exist_ok=True)
+        assert run_ranks(run.world, leave_result, folder, run, log=folder / run.name / "log.txt"), "it was killed"
+
+
+def leave_result(folder: Path, run: Run) -> None:
+    let_processors_shard()
+    found = train(folder, run)
+    torch.save(found, folder / run.name / f"{os.environ.get('RANK', '0')}.pt")
 
 
 def result(folder: Path, name: str, rank: int = 0) -> dict[str, Any]:
@@ -164,8 +152,10 @@ def train(folder: Path, run: Run) -> dict[str, Any]:
     except ArithmeticError as error:
         found["error"] = str(error)
         found["ids"] = error.ids
-    found["losses"] = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    found["norms"] = [entry["grad_norm"] for entry in trainer.state.log_history if "loss" in entry]
+    logged = [entry for entry in trainer.state.log_history if "loss" in entry]
+    found["losses"] = [entry["loss"] for entry in logged]
+    found["norms"] = [entry["grad_norm"] for entry in logged]
+    found["work"] = [entry[name] for entry in logged for name in ("tokens_per_second", "mfu", "peak_memory_gib")]
     trained = [(n, p) for n, p in trainer.accelerator.unwrap_model(trainer.model).named_parameters() if p.requires_grad]
     found["sharded"] = all(is_sharded(parameter) for _, parameter in trained)
     found["weights"] = {plain_name(name): whole(parameter.detach()).clone() for name, parameter in trained}
@@ -184,38 +174,6 @@ def poison(trainer: Any, name: str) -> None:
     trainer.compute_loss = poisoned
 
 
-def main(folder: Path) -> None:
-    for content in json.loads((folder / "runs.json").read_text()):
-        run = Run(**content)
-        (folder / run.name).mkdir(exist_ok=True)
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        children = {}
-        for rank in range(run.world):
-            pid = os.fork()
-            if pid == 0:
-                code = 1
-                try:
-                    start(folder, run, rank, port)
-                    code = 0
-                finally:
-                    sys.stdout.flush()
-                    sys.stderr.flush()
-                    os._exit(code)
-            children[pid] = rank
-        failed = 0
-        for _ in range(run.world):
-            pid, status = os.wait()
-            del children[pid]
-            if status and not failed:
-                failed = 1
-                for other in children:  # it may wait for the one that failed
-                    os.kill(other, 9)
-        if failed:
-            sys.exit(f"run {run.name} failed")
-
-
 def let_processors_shard() -> None:
     """accelerate turns FSDP on for accelerators only: let it do for CPUs what it does for those.
 
@@ -230,23 +188,3 @@ def let_processors_shard() -> None:
             self.fsdp_plugin = fsdp_plugin
 
     AcceleratorState.__init__ = initialised
-
-
-def start(folder: Path, run: Run, rank: int, port: int) -> None:
-    torch.set_num_threads(1)
-    let_processors_shard()
-    if run.world > 1:
-        names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": run.world, "LOCAL_WORLD_SIZE": run.world}
-        os.environ |= {name: str(value) for name, value in names.items()}
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    try:
-        torch.save(train(folder, run), folder / run.name / f"{rank}.pt")
-    except BaseException:
-        traceback.print_exc()
-        raise
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

@@ -74,6 +74,7 @@ def test_two_processes_equal_one(folder, stage):
         assert name not in fsdp["weights"] or torch.equal(parameter, fsdp["weights"][name]), name
     other = result(folder, f"{stage}-fsdp", 1)
     assert all(torch.equal(weight, other["weights"][name]) for name, weight in fsdp["weights"].items())
+    assert other["work"] == fsdp["work"], "of both processes together"
 
 
 @pytest.mark.slow

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
+from accelerate import Accelerator
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -14,6 +17,7 @@ from clara_fast.training import throughput
 from clara_fast.training.collation import ScpCollator
 from clara_fast.training.throughput import DATA_SHEET, Throughput, device_peak
 from tests.modeling.tiny import make_base
+from tests.ranks import run_ranks
 
 LORA = {"r": 4, "alpha": 8, "dropout": 0.0}
 SAMPLES = [
@@ -69,28 +73,31 @@ def test_what_a_role_costs(model):
     assert counted.flops_per_token("compressor") == 2 * base + 2 * adapter
 
 
-class Ranks:
-    """An accelerate.Accelerator of two processes, as far as gathering goes; the other had twice the work and memory."""
+def leave_metrics(folder):
+    """What two processes log: after both have worked, after the second alone has, and after neither has."""
+    accelerator = Accelerator(cpu=True)
+    rank = accelerator.process_index
+    throughput.device_peak = lambda *_: throughput.Peak(1e12, "made up")
+    throughput.peak_memory = lambda: 2**30 * (1 + rank)
+    counted = Throughput(Clara.from_pretrained(folder / "model", device="cpu"))
+    counted.tokens, counted.flops, counted.seconds = ((1000, 1e12, 4.0), (2000, 2e12, 2.0))[rank]
+    found = [counted.metrics(accelerator)]
+    if rank == 1:
+        counted.tokens, counted.flops, counted.seconds = 100, 1e12, 1.0
+    found += [counted.metrics(accelerator), counted.metrics(accelerator)]
+    (folder / f"{rank}.json").write_text(json.dumps(found))
 
-    device = torch.device("cpu")
-    mixed_precision = "no"
-    is_main_process = True
 
-    def gather(self, mine):
-        return torch.cat([mine, mine * torch.tensor([2.0, 2.0, 0.5, 1.0, 2.0])])
-
-
-def test_all_ranks_count(model, monkeypatch, capsys):
-    monkeypatch.setattr(throughput, "device_peak", lambda *_: throughput.Peak(1e12, "made up"))
-    monkeypatch.setattr(throughput, "peak_memory", lambda: 2**30)
-    counted = Throughput(model)
-    counted.tokens, counted.flops, counted.seconds = 1000, 1e12, 4.0
-    metrics = counted.metrics(Ranks())
-    # 3000 tokens in the 4 seconds of the slower one; 3 TFLOP of the 8 that two such devices could do.
-    assert metrics == {"tokens_per_second": 750.0, "mfu": 0.375, "peak_memory_gib": 2.0}
-    assert "mfu is relative to 1 TFLOP/s (made up)" in capsys.readouterr().out
-    assert counted.metrics(Ranks()) == {}  # counted once
-    assert counted.tokens == counted.flops == 0
+def test_all_ranks_count(model, tmp_path):
+    model.save_pretrained(tmp_path / "model")
+    assert run_ranks(2, leave_metrics, tmp_path, log=tmp_path / "log.txt")
+    for rank in (0, 1):
+        both, one, none = json.loads((tmp_path / f"{rank}.json").read_text())
+        # 3000 tokens in the 4 seconds of the slower one; 3 TFLOP of the 8 that two such devices could do.
+        assert both == {"tokens_per_second": 750.0, "mfu": 0.375, "peak_memory_gib": 2.0}
+        assert one == {"tokens_per_second": 100.0, "mfu": 0.5, "peak_memory_gib": 2.0}
+        assert none == {}
+    assert (tmp_path / "log.txt").read_text().count("mfu is relative to 1 TFLOP/s (made up)") == 1
 
 
 def test_peaks(monkeypatch):

@@ -2,36 +2,25 @@
 
 from __future__ import annotations
 
-import contextlib
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from clara_fast.cli.models import BaseModelOption, JsonOption
-from clara_fast.cli.output import note, print_json
-from clara_fast.cli.train_config import ConfigOption, arguments_of, make_arguments, shipped_configs
+from clara_fast.cli.train_config import shipped_configs
+from clara_fast.cli.train_options import (
+    AnswersOption,
+    BatchSizeOption,
+    CommonOptions,
+    EvalSamplesOption,
+    LearningRateOption,
+    with_common_options,
+)
 
 app = typer.Typer(no_args_is_help=True, help="Train a model, stage by stage.")
 
 Questions = Annotated[
     list[Path], typer.Argument(help='JSONL (may be gzipped) of {"question", "docs", "gold_answer", "pos_index"}.')
-]
-OutOption = Annotated[Path, typer.Option(help="Folder for the model and its checkpoints; an unfinished run resumes.")]
-EvalOption = Annotated[Path | None, typer.Option("--eval", help="Held-out samples, the same format.")]
-EvalSamplesOption = Annotated[int, typer.Option(help="Held-out samples to evaluate on.")]
-StepsOption = Annotated[int, typer.Option(help="Optimizer steps; -1: as many as --epochs makes.")]
-EpochsOption = Annotated[float, typer.Option(help="Passes over the data, if --steps is not given.")]
-AccumulateOption = Annotated[int, typer.Option(help="Batches per optimizer step.")]
-EvalEveryOption = Annotated[int, typer.Option(help="Steps between evaluations and checkpoints.")]
-DtypeOption = Annotated[str, typer.Option(help="Of the base model: auto, float32, bfloat16, float16.")]
-SeedOption = Annotated[int, typer.Option(help="Of order, dropout and targets.")]
-AnswersOption = Annotated[
-    int, typer.Option(help="Held-out questions to answer at each evaluation, for EM, F1 and cover match (slow).")
-]
-ReportOption = Annotated[
-    str, typer.Option(help="Where the log goes too: tensorboard, wandb, ... (comma-separated, as transformers has it).")
 ]
 
 # How many training passages the connector takes its first statistics from.
@@ -39,16 +28,14 @@ CALIBRATION_PASSAGES = 64
 
 
 @app.command("scp")
+@with_common_options
 def scp(
-    context: typer.Context,
+    common: CommonOptions,
     train: Annotated[list[Path], typer.Argument(help="JSONL files (may be gzipped) of passages with questions.")],
-    out: OutOption,
     base: Annotated[str | None, typer.Option(help="Base model to start from: hub name or folder.")] = None,
     model: Annotated[
         str | None, typer.Option(help="Clara model to go on from, instead of --base; may be of another rate.")
     ] = None,
-    base_model: BaseModelOption = None,
-    eval_file: EvalOption = None,
     eval_samples: EvalSamplesOption = 64,
     eval_answers: AnswersOption = 0,
     max_words: Annotated[int | None, typer.Option(help="Leave out passages with more words.")] = None,
@@ -63,18 +50,9 @@ def scp(
         int | None, typer.Option(help="Load the base in 8 or 4 bits; needs clara-fast[kbit]. The model remembers it.")
     ] = None,
     spread: Annotated[bool, typer.Option(help="Spread the memory tokens' positions over the text.")] = False,
-    steps: StepsOption = -1,
-    epochs: EpochsOption = 1.0,
-    batch_size: Annotated[int, typer.Option(help="Passages in a batch.")] = 8,
-    accumulate: AccumulateOption = 1,
-    learning_rate: Annotated[float, typer.Option(help="Learning rate of the adapters.")] = 1e-4,
+    batch_size: BatchSizeOption = 8,
+    learning_rate: LearningRateOption = 1e-4,
     reconstruction: Annotated[float, typer.Option(help="Share of passages to be written out instead.")] = 0.0,
-    eval_every: EvalEveryOption = 100,
-    report_to: ReportOption = "none",
-    dtype: DtypeOption = "auto",
-    seed: SeedOption = 0,
-    config: ConfigOption = None,
-    json: JsonOption = False,
 ) -> None:
     """Pretrain compressor and generator together (paper section 3.1): CE + 0.1 MSE.
 
@@ -88,108 +66,54 @@ def scp(
 
     if (base is None) == (model is None):
         raise ValueError("give exactly one of --base and --model")
+    quantization = _quantization(bits)
+    if model is not None and bits is not None:
+        raise ValueError(f"bits ({bits}) goes with --base only: a model remembers its own")
     samples = [s for s in read_scp(train) if max_words is None or len(s.document.split()) <= max_words]
     if not samples:
         raise ValueError(f"max_words ({max_words}) leaves no passage to train on")
-    held_out = read_scp(eval_file, limit=eval_samples) if eval_file is not None else None
+    held_out = common.held_out(read_scp, limit=eval_samples)
+    arguments = common.arguments(
+        ScpTrainingArguments,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        eval_answers=eval_answers,
+        reconstruction=reconstruction,
+    )
     if model is not None:
-        clara = Clara.from_pretrained(model, base_model=base_model, dtype=dtype, compression_rate=compression_rate)
+        clara = Clara.from_pretrained(
+            model, base_model=common.base_model, dtype=common.dtype, compression_rate=compression_rate
+        )
     else:
-        set_seed(seed)  # the fresh adapters are the same in every process, and when a run starts again
+        set_seed(common.seed)  # the fresh adapters are the same in every process, and when a run starts again
         clara = Clara.from_base(
             str(base),
             doc_max_length=doc_max_length,
             compression_rate=compression_rate or 16,
             lora={"r": lora_r, "alpha": 2 * lora_r, "dropout": lora_dropout},
-            dtype=dtype,
-            quantization_config=_quantization(bits),
+            dtype=common.dtype,
+            quantization_config=quantization,
             connector=connector,
             memory_positions="spread" if spread else "after",
         )
-        if connector and checkpoints.last_checkpoint(out) is None:
+        if connector and checkpoints.last_checkpoint(common.out) is None:
             clara.calibrate_connector([s.document for s in samples[:CALIBRATION_PASSAGES]])
-    settings = {
-        **_common(
-            out, steps, epochs, batch_size, learning_rate, eval_every, report_to, seed, evaluate=held_out is not None
-        ),
-        "eval_answers": eval_answers,
-        "gradient_accumulation_steps": accumulate,
-        "reconstruction": reconstruction,
-        **arguments_of(context),
-    }
-    arguments = make_arguments(ScpTrainingArguments, settings, config)
     trainer = ScpTrainer(clara, arguments, samples, held_out)
-    _run(trainer, out, json, f"clara-fast compress CORPUS --model {out} --out STORE")
-
-
-@app.command("retriever")
-def retriever(
-    context: typer.Context,
-    train: Annotated[Path, typer.Argument(help='JSONL (may be gzipped) of {"question", "gold_ids"}.')],
-    store: Annotated[Path, typer.Option(help="Store of the documents, written by the model.")],
-    model: Annotated[str, typer.Option(help="Clara model; gets a query reasoner if it has none.")],
-    out: OutOption,
-    base_model: BaseModelOption = None,
-    eval_file: Annotated[Path | None, typer.Option("--eval", help="Held-out questions on the same store.")] = None,
-    steps: StepsOption = -1,
-    epochs: EpochsOption = 1.0,
-    batch_size: Annotated[int, typer.Option(help="Questions in a batch.")] = 32,
-    negatives: Annotated[int, typer.Option(help="Documents drawn from the store against each batch.")] = 1024,
-    learning_rate: Annotated[float, typer.Option(help="Learning rate of the query reasoner.")] = 1e-4,
-    eval_every: EvalEveryOption = 100,
-    report_to: ReportOption = "none",
-    dtype: DtypeOption = "auto",
-    seed: SeedOption = 0,
-    config: ConfigOption = None,
-    json: JsonOption = False,
-) -> None:
-    """Train the query reasoner on known question-document pairs (InfoNCE): the supervised variant of retrieval.
-
-    Evaluation reports Recall@1, Recall@5 and MRR@10 over the whole store.
-    """
-    from clara_fast.modeling import Clara
-    from clara_fast.store import MemoryStore
-    from clara_fast.training import RetrieverTrainer, RetrieverTrainingArguments, read_questions
-
-    clara = Clara.from_pretrained(model, base_model=base_model, dtype=dtype)
-    memories = MemoryStore.open(store, clara)
-    questions = read_questions(train, memories)
-    held_out = read_questions(eval_file, memories) if eval_file is not None else None
-    settings = {
-        **_common(
-            out, steps, epochs, batch_size, learning_rate, eval_every, report_to, seed, evaluate=held_out is not None
-        ),
-        "negatives": negatives,
-        **arguments_of(context),
-    }
-    arguments = make_arguments(RetrieverTrainingArguments, settings, config)
-    trainer = RetrieverTrainer(clara, memories, arguments, questions, held_out)
-    _run(trainer, out, json, f'clara-fast ask {store} "QUESTION" --model {out}')
+    common.run(trainer, f"clara-fast compress CORPUS --model {common.out} --out STORE")
 
 
 @app.command("instruct")
+@with_common_options
 def instruct(
-    context: typer.Context,
+    common: CommonOptions,
     train: Questions,
     model: Annotated[str, typer.Option(help="Clara model that was pretrained (train scp).")],
-    out: OutOption,
-    base_model: BaseModelOption = None,
-    eval_file: EvalOption = None,
     eval_samples: EvalSamplesOption = 64,
     eval_answers: AnswersOption = 0,
     documents: Annotated[int, typer.Option(help="Documents read per question, at most; known positives first.")] = 5,
     keep_generator: Annotated[bool, typer.Option(help="Go on with the model's generator, not with a new one.")] = False,
-    steps: StepsOption = -1,
-    epochs: EpochsOption = 1.0,
-    batch_size: Annotated[int, typer.Option(help="Questions in a batch.")] = 8,
-    accumulate: AccumulateOption = 1,
-    learning_rate: Annotated[float, typer.Option(help="Learning rate of compressor and generator.")] = 1e-4,
-    eval_every: EvalEveryOption = 100,
-    report_to: ReportOption = "none",
-    dtype: DtypeOption = "auto",
-    seed: SeedOption = 0,
-    config: ConfigOption = None,
-    json: JsonOption = False,
+    batch_size: BatchSizeOption = 8,
+    learning_rate: LearningRateOption = 1e-4,
 ) -> None:
     """Tune compressor and a new generator on questions over several documents (paper: instruction tuning).
 
@@ -201,35 +125,30 @@ def instruct(
     from clara_fast.training import InstructionTrainer, InstructionTrainingArguments
 
     samples = read_multidoc(train)
-    held_out = read_multidoc(eval_file, limit=eval_samples) if eval_file is not None else None
-    settings = {
-        **_common(
-            out, steps, epochs, batch_size, learning_rate, eval_every, report_to, seed, evaluate=held_out is not None
-        ),
-        "eval_answers": eval_answers,
-        "gradient_accumulation_steps": accumulate,
-        "num_documents": documents,
-        "fresh_generator": not keep_generator,
-        **arguments_of(context),
-    }
-    arguments = make_arguments(InstructionTrainingArguments, settings, config)
-    clara = Clara.from_pretrained(model, base_model=base_model, dtype=dtype)
+    held_out = common.held_out(read_multidoc, limit=eval_samples)
+    arguments = common.arguments(
+        InstructionTrainingArguments,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        eval_answers=eval_answers,
+        num_documents=documents,
+        fresh_generator=not keep_generator,
+    )
+    clara = Clara.from_pretrained(model, base_model=common.base_model, dtype=common.dtype)
     trainer = InstructionTrainer(clara, arguments, samples, held_out)
-    _run(trainer, out, json, f"clara-fast compress QUESTIONS --text-field docs --model {out} --out STORE")
+    common.run(trainer, f"clara-fast compress QUESTIONS --text-field docs --model {common.out} --out STORE")
 
 
 @app.command("joint")
+@with_common_options
 def joint(
-    context: typer.Context,
+    common: CommonOptions,
     train: Questions,
     model: Annotated[str, typer.Option(help="Clara model; gets a query reasoner if it has none.")],
-    out: OutOption,
-    base_model: BaseModelOption = None,
     store: Annotated[
         Path | None,
         typer.Option(help="Store of the documents, written by the model; without, they are compressed at every step."),
     ] = None,
-    eval_file: EvalOption = None,
     eval_samples: EvalSamplesOption = 64,
     eval_answers: AnswersOption = 0,
     candidates: Annotated[
@@ -238,17 +157,8 @@ def joint(
     num_candidates: Annotated[int, typer.Option(help="Documents to select from, at most.")] = 20,
     search_every: Annotated[int, typer.Option(help="Steps between searches.")] = 100,
     top_k: Annotated[int | None, typer.Option(help="Documents selected; default the model's top_k.")] = None,
-    steps: StepsOption = -1,
-    epochs: EpochsOption = 1.0,
-    batch_size: Annotated[int, typer.Option(help="Questions in a batch.")] = 4,
-    accumulate: AccumulateOption = 1,
-    learning_rate: Annotated[float, typer.Option(help="Learning rate of query reasoner and generator.")] = 5e-6,
-    eval_every: EvalEveryOption = 100,
-    report_to: ReportOption = "none",
-    dtype: DtypeOption = "auto",
-    seed: SeedOption = 0,
-    config: ConfigOption = None,
-    json: JsonOption = False,
+    batch_size: BatchSizeOption = 4,
+    learning_rate: LearningRateOption = 5e-6,
 ) -> None:
     """Train query reasoner and generator together on the loss of the answer alone (paper section 3.2).
 
@@ -262,24 +172,51 @@ def joint(
 
     own = candidates != "search"
     samples = read_multidoc(train, need_documents=own)
-    held_out = read_multidoc(eval_file, need_documents=own, limit=eval_samples) if eval_file is not None else None
-    settings = {
-        **_common(
-            out, steps, epochs, batch_size, learning_rate, eval_every, report_to, seed, evaluate=held_out is not None
-        ),
-        "eval_answers": eval_answers,
-        "gradient_accumulation_steps": accumulate,
-        "candidates": candidates,
-        "num_candidates": num_candidates,
-        "search_every": search_every,
-        "top_k": top_k,
-        **arguments_of(context),
-    }
-    arguments = make_arguments(JointTrainingArguments, settings, config)
-    clara = Clara.from_pretrained(model, base_model=base_model, dtype=dtype)
+    held_out = common.held_out(read_multidoc, need_documents=own, limit=eval_samples)
+    arguments = common.arguments(
+        JointTrainingArguments,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        eval_answers=eval_answers,
+        candidates=candidates,
+        num_candidates=num_candidates,
+        search_every=search_every,
+        top_k=top_k,
+    )
+    clara = Clara.from_pretrained(model, base_model=common.base_model, dtype=common.dtype)
     memories = MemoryStore.open(store, clara) if store is not None else None
     trainer = JointTrainer(clara, arguments, samples, held_out, store=memories)
-    _run(trainer, out, json, f'clara-fast ask {store or "STORE"} "QUESTION" --model {out}')
+    common.run(trainer, f'clara-fast ask {store or "STORE"} "QUESTION" --model {common.out}')
+
+
+@app.command("retriever")
+@with_common_options
+def retriever(
+    common: CommonOptions,
+    train: Annotated[Path, typer.Argument(help='JSONL (may be gzipped) of {"question", "gold_ids"}.')],
+    store: Annotated[Path, typer.Option(help="Store of the documents, written by the model.")],
+    model: Annotated[str, typer.Option(help="Clara model; gets a query reasoner if it has none.")],
+    negatives: Annotated[int, typer.Option(help="Documents drawn from the store against each batch.")] = 1024,
+    batch_size: BatchSizeOption = 32,
+    learning_rate: LearningRateOption = 1e-4,
+) -> None:
+    """Train the query reasoner on known question-document pairs (InfoNCE): the supervised variant of retrieval.
+
+    Evaluation reports Recall@1, Recall@5 and MRR@10 over the whole store.
+    """
+    from clara_fast.modeling import Clara
+    from clara_fast.store import MemoryStore
+    from clara_fast.training import RetrieverTrainer, RetrieverTrainingArguments, read_questions
+
+    clara = Clara.from_pretrained(model, base_model=common.base_model, dtype=common.dtype)
+    memories = MemoryStore.open(store, clara)
+    questions = read_questions(train, memories)
+    held_out = common.held_out(read_questions, memories)
+    arguments = common.arguments(
+        RetrieverTrainingArguments, batch_size=batch_size, learning_rate=learning_rate, negatives=negatives
+    )
+    trainer = RetrieverTrainer(clara, memories, arguments, questions, held_out)
+    common.run(trainer, f'clara-fast ask {store} "QUESTION" --model {common.out}')
 
 
 @app.command("configs")
@@ -297,67 +234,3 @@ def _quantization(bits: int | None) -> dict[str, Any] | None:
         8: {"load_in_8bit": True},
     }
     return settings.get(bits)
-
-
-def _common(
-    out: Path,
-    steps: int,
-    epochs: float,
-    batch_size: int,
-    learning_rate: float,
-    eval_every: int,
-    report_to: str,
-    seed: int,
-    *,
-    evaluate: bool,
-) -> dict[str, Any]:
-    """What every stage's command says to transformers."""
-    return {
-        "output_dir": str(out),
-        "max_steps": steps,
-        "num_train_epochs": epochs,
-        "per_device_train_batch_size": batch_size,
-        "per_device_eval_batch_size": batch_size,
-        "learning_rate": learning_rate,
-        "eval_strategy": "steps" if evaluate else "no",
-        "eval_on_start": evaluate,
-        "eval_steps": eval_every,
-        "save_steps": eval_every,
-        "save_total_limit": 2,
-        "logging_steps": 10,
-        "report_to": _reports(report_to),
-        "seed": seed,
-    }
-
-
-def _reports(names: str) -> list[str]:
-    """The names in a list; raises ``ValueError`` or ``ImportError`` for one that transformers could not report to."""
-    from transformers import integrations
-
-    wanted = [name for name in names.replace(" ", "").split(",") if name not in ("", "none")]
-    known = integrations.integration_utils.INTEGRATION_TO_CALLBACK
-    for name in wanted:
-        if name not in known:
-            raise ValueError(f"report_to ({name}) must be none or some of {', '.join(sorted(known))}")
-        if name not in integrations.get_available_reporting_integrations():
-            extra = name if name in ("tensorboard", "wandb") else None
-            how = f"clara-fast[{extra}]" if extra else name
-            raise ImportError(f"report_to ({name}) needs a package that is not installed: pip install {how}")
-    return wanted or ["none"]
-
-
-def _run(trainer: Any, out: Path, json: bool, then: str) -> None:
-    """Train, going on from the last checkpoint in ``out`` if there is one, and save the model there."""
-    from clara_fast.training.checkpoints import last_checkpoint
-
-    last = last_checkpoint(out)
-    # The Trainer logs to stdout, which is for results.
-    with contextlib.redirect_stdout(sys.stderr):
-        trainer.train(resume_from_checkpoint=str(last) if last else None)
-    first = trainer.is_world_process_zero()
-    trainer.model.save_pretrained(out, is_main_process=first)
-    if not first:
-        return
-    if json:
-        print_json({"model": str(out), "steps": trainer.state.global_step, "log": trainer.state.log_history})
-    note(f"saved to {out}; next: {then}")

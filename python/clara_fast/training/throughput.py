@@ -132,9 +132,10 @@ class Throughput:
         return 4 * base + 6 * adapter if role in self.model.trainable else 2 * (base + adapter)
 
     def metrics(self, accelerator: Any) -> dict[str, float]:
-        """What was counted since the last call, over all processes; they must all call this at the same time."""
-        if not self.seconds:
-            return {}
+        """What was counted since the last call, over all processes, which all call this at the same time.
+
+        The same in each; nothing if none has counted anything.
+        """
         device = self.model.device
         if self._peak is None:
             mixed = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
@@ -146,6 +147,8 @@ class Throughput:
         tokens, flops, seconds, rate, peaks = accelerator.gather(mine[None]).double().unbind(1)
         self.tokens, self.flops, self.seconds = 0, 0.0, 0.0
         longest = float(seconds.max())
+        if not longest:
+            return {}
         return {
             "tokens_per_second": round(float(tokens.sum()) / longest, 1),
             "mfu": round(float(flops.sum()) / (longest * float(rate.sum())), 4),

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch._dynamo.utils
 from accelerate.state import AcceleratorState, DistributedType, PartialState
 
 import clara_fast.training as training
@@ -152,6 +153,7 @@ def train(folder: Path, run: Run) -> dict[str, Any]:
     except ArithmeticError as error:
         found["error"] = str(error)
         found["ids"] = error.ids
+    found["graphs"] = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     logged = [entry for entry in trainer.state.log_history if "loss" in entry]
     found["losses"] = [entry["loss"] for entry in logged]
     found["norms"] = [entry["grad_norm"] for entry in logged]

@@ -150,15 +150,16 @@ def test_resumed_equals_unbroken(dropping, stage, sharded):
 
 
 @pytest.mark.slow
-def test_compiled(folder):
-    """`torch.compile` under DDP: the same losses and weights as without."""
-    compiled = {"torch_compile": True, "torch_compile_backend": "aot_eager", "max_steps": 2}
-    runs = [
-        Run("plain", "retriever", 2, options={"max_steps": 2}),
-        Run("compiled", "retriever", 2, options=compiled),
-    ]
-    run_all(folder, runs)
-    plain, compiled = result(folder, "plain"), result(folder, "compiled")
+@pytest.mark.parametrize(("stage", "world"), [("scp", 1), ("joint", 1), ("retriever", 2)])
+def test_compiled(folder, stage, world):
+    """`torch.compile`, under DDP if there are two: the same losses and weights as without."""
+    options = {"max_steps": 2}
+    compiled = {"torch_compile": True, "torch_compile_backend": "aot_eager", **options}
+    names = (f"{stage}-plain", f"{stage}-compiled")
+    run_all(folder, [Run(n, stage, world, options=o) for n, o in zip(names, (options, compiled), strict=True)])
+    plain, compiled = (result(folder, name) for name in names)
+    assert not plain["graphs"]
+    assert compiled["graphs"]
     assert compiled["losses"] == pytest.approx(plain["losses"], rel=1e-5)
     for name, weight in plain["weights"].items():
         assert torch.allclose(compiled["weights"][name], weight, rtol=0, atol=1e-5), name

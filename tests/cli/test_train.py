@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import inspect
 import json
+import socket
+import subprocess
+import sys
 
 import pytest
 
@@ -110,6 +113,30 @@ def test_instruct_compress_and_train_jointly(base, tmp_path, capsys):
     assert main(["ask", store, "Where is the bell?", "--model", joint, "--json", "--top-k", "2"]) == 0
     assert main([*command, "--out", joint, "--candidates", "search"]) == 2
     assert "need a store" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_launchers_start_the_same_run(base, tmp_path):
+    """torchrun's two processes and accelerate's end with the same weights: one process would need twice the steps."""
+    rows = [{"id": t, "docs": [f"The {t} is red."], "question": ["Which?"], "answers": ["red"]} for t in THINGS]
+    data = write(tmp_path / "train.jsonl", rows)
+    arguments = ["-m", "clara_fast.cli", "train", "scp", data, "--base", str(base), "--batch-size", "3", "--json"]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    two = ["--multi_gpu", "--num_processes", "2", "--main_process_port", port]
+    launchers = {
+        "torchrun": ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"],
+        "accelerate": ["accelerate.commands.launch", *two],
+    }
+    for name, launcher in launchers.items():
+        command = [sys.executable, "-m", *launcher, *arguments, "--out", str(tmp_path / name)]
+        printed = subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)
+        assert json.loads(printed.stdout)["steps"] == 1, "of two batches with all six samples"
+    for file in tmp_path.glob("torchrun/**/*.safetensors"):
+        same = tmp_path / "accelerate" / file.relative_to(tmp_path / "torchrun")
+        assert same.read_bytes() == file.read_bytes()
+    assert (tmp_path / "torchrun" / "checkpoint-1" / "rng_state_1.pth").is_file()
 
 
 def test_reports_that_cannot_be_made(monkeypatch):

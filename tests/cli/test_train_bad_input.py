@@ -64,6 +64,43 @@ def test_bad_rows(place, tmp_path, capsys, stage, change, message):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--steps", 0], "steps (0) must be at least 1, or -1"),
+        (["--epochs", 0], "epochs (0.0) must be above 0 and finite"),
+        (["--batch-size", 0], "batch_size (0) must be at least 1"),
+        (["--accumulate", 0], "accumulate (0) must be at least 1"),
+        (["--eval-every", 0], "eval_every (0) must be at least 1"),
+        (["--eval-samples", 0], "eval_samples (0) must be at least 1"),
+        (["--learning-rate", "nan"], "learning_rate (nan) must be at least 0 and finite"),
+        (["--dtype", "float33"], "--dtype (float33) must be"),
+        (["--compression-rate", 0], "compression_rate (0) must be"),
+        (["--bits", 5], "bits (5) must be 4 or 8"),
+        (["--model", "model", "--bits", 4], "bits (4) goes with --base only"),
+        (["--max-words", 1], "max_words (1) leaves no passage"),
+    ],
+)
+def test_options(place, tmp_path, capsys, options, message):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"docs": DOCUMENTS[:1], "question": ["Where?"], "answers": ["here"]}) + "\n")
+    start = [] if "--model" in options else ["--base", place / "base"]
+    assert message in refused(capsys, tmp_path / "out", ["scp", rows, *start, *options])
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_is_not_this_run_s(place, tmp_path, capsys):
+    out, rows = tmp_path / "out", tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps(GOOD) + "\n")
+    common = [rows, "--model", place / "model", "--steps", 1]
+    assert main(["train", "joint", *map(str, common), "--out", str(out)]) == 0
+    error = refused(capsys, out, ["instruct", *common])
+    assert f"{out / 'checkpoint-1'} is of another run, so this one cannot go on from it" in error
+    assert "stage (InstructionTrainer) must be JointTrainer" in error
+    assert "must be a folder" in refused(capsys, rows, ["joint", *common])
+    assert json.loads(rows.read_text()) == GOOD
+
+
 def test_candidates(place, tmp_path, capsys):
     joint = ["joint", place / "good.jsonl", "--model", place / "model", "--top-k", 2]
     for options, message in (

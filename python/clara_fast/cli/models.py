@@ -48,8 +48,7 @@ class ModelChoice:
         """From a command's options; folders become absolute, so that a store can remember them."""
         named = {"name_or_path": model, "subfolder": subfolder, "base_model": base_model}
         where = {key: _absolute(value) if key != "subfolder" else value for key, value in named.items() if value}
-        if dtype not in ("auto", "float32", "bfloat16", "float16"):
-            raise ValueError(f"--dtype ({dtype}) must be auto, float32, bfloat16 or float16")
+        check_dtype(dtype)
         return cls(where, device, dtype)
 
     def or_of(self, store: MemoryStore) -> ModelChoice:
@@ -69,6 +68,12 @@ class ModelChoice:
             options: dict[str, Any] = {**self.where, "device": self.device, "dtype": self.dtype}
             model = Clara.from_pretrained(options.pop("name_or_path"), **options)
         return model, time.perf_counter() - started
+
+
+def check_dtype(dtype: str) -> None:
+    """Raise ``ValueError`` for what ``--dtype`` may not be."""
+    if dtype not in ("auto", "float32", "bfloat16", "float16"):
+        raise ValueError(f"--dtype ({dtype}) must be auto, float32, bfloat16 or float16")
 
 
 def quiet_libraries() -> None:

@@ -89,7 +89,7 @@ def scp(
         clara = Clara.from_base(
             str(base),
             doc_max_length=doc_max_length,
-            compression_rate=compression_rate or 16,
+            compression_rate=16 if compression_rate is None else compression_rate,
             lora={"r": lora_r, "alpha": 2 * lora_r, "dropout": lora_dropout},
             dtype=common.dtype,
             quantization_config=quantization,

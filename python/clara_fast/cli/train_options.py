@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
@@ -13,7 +14,7 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
-from clara_fast.cli.models import BaseModelOption, DtypeOption, JsonOption
+from clara_fast.cli.models import BaseModelOption, DtypeOption, JsonOption, check_dtype
 from clara_fast.cli.output import note, print_json
 from clara_fast.cli.train_config import ConfigOption, arguments_of, make_arguments
 
@@ -47,8 +48,21 @@ class CommonOptions:
     json: JsonOption = False
     extra: dict[str, Any] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        check_dtype(self.dtype)
+        _at_least_one(accumulate=self.accumulate, eval_every=self.eval_every)
+        if self.steps < 1 and self.steps != -1:
+            raise ValueError(f"steps ({self.steps}) must be at least 1, or -1 for as many as --epochs makes")
+        if not 0 < self.epochs < math.inf:
+            raise ValueError(f"epochs ({self.epochs}) must be above 0 and finite")
+        if self.out.exists() and not self.out.is_dir():
+            raise NotADirectoryError(f"out ({self.out}) is a file: it must be a folder, or nothing yet")
+
     def arguments(self, cls: type[Any], *, batch_size: int, learning_rate: float, **of_the_stage: Any) -> Any:
         """A stage's training arguments, of the class ``cls``."""
+        _at_least_one(batch_size=batch_size)
+        if not 0 <= learning_rate < math.inf:
+            raise ValueError(f"learning_rate ({learning_rate}) must be at least 0 and finite")
         evaluate = self.eval_file is not None
         settings = {
             "output_dir": str(self.out),
@@ -70,7 +84,8 @@ class CommonOptions:
         return make_arguments(cls, {**settings, **of_the_stage, **self.extra}, self.config)
 
     def held_out(self, read: Callable[..., list[Any]], *args: Any, **options: Any) -> list[Any] | None:
-        """The samples of ``--eval``, if it was given."""
+        """The samples of ``--eval``, if it was given; a ``limit`` is ``--eval-samples``."""
+        _at_least_one(eval_samples=options.get("limit", 1))
         return None if self.eval_file is None else read(self.eval_file, *args, **options)
 
     def run(self, trainer: Any, then: str) -> None:
@@ -116,6 +131,12 @@ def with_common_options(stage: Callable[..., None]) -> Callable[..., None]:
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return command
+
+
+def _at_least_one(**options: int) -> None:
+    for name, value in options.items():
+        if value < 1:
+            raise ValueError(f"{name} ({value}) must be at least 1")
 
 
 def reports(names: str) -> list[str]:

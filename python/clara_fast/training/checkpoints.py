@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Iterable
@@ -11,6 +12,7 @@ PREFIX = "checkpoint-"
 TRAINER_STATE_NAME = "trainer_state.json"
 # Where a checkpoint is written before it is renamed into its place, and goes before it is deleted.
 UNFINISHED = ".unfinished"
+_STAGE_FILE = "stage.json"
 
 
 def last_checkpoint(out: Path) -> Path | None:
@@ -20,6 +22,19 @@ def last_checkpoint(out: Path) -> Path | None:
     """
     whole = [path for path in _checkpoints(out) if (path / TRAINER_STATE_NAME).is_file()]
     return max(whole, key=_step, default=None)
+
+
+def write_stage(checkpoint: Path, stage: str) -> None:
+    """Note which stage's checkpoint it is."""
+    (checkpoint / _STAGE_FILE).write_text(json.dumps({"stage": stage}) + "\n")
+
+
+def check_stage(checkpoint: Path, stage: str) -> None:
+    """Raise ``ValueError`` if another stage wrote the checkpoint: its weights would fit, and mean something else."""
+    file = checkpoint / _STAGE_FILE
+    written = json.loads(file.read_text())["stage"] if file.is_file() else stage
+    if written != stage:
+        raise ValueError(f"stage ({stage}) must be {written}")
 
 
 def clear_unfinished(out: Path) -> None:

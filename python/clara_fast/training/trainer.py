@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -206,6 +207,8 @@ class ClaraTrainer(Trainer):
             self.state.best_model_checkpoint = str(out / Path(best).name)
             if args.should_save:
                 self.state.save_to_json(str(staging / name / checkpoints.TRAINER_STATE_NAME))
+        if args.should_save:
+            checkpoints.write_stage(staging / name, type(self).__name__)
         self.accelerator.wait_for_everyone()
         if self.is_world_process_zero():
             checkpoints.publish(out, name)
@@ -243,10 +246,28 @@ class ClaraTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         from clara_fast.modeling.checkpoint import load_weights
 
-        load_weights(self.model, Path(resume_from_checkpoint))
+        folder = Path(resume_from_checkpoint)
+        with _of_this_run(resume_from_checkpoint):
+            checkpoints.check_stage(folder, type(self).__name__)
+            load_weights(self.model, folder)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with _of_this_run(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
 
     def _load_best_model(self) -> None:
         self._load_from_checkpoint(str(self.state.best_model_checkpoint))
+
+
+@contextmanager
+def _of_this_run(checkpoint: str | None) -> Iterator[None]:
+    """Say what it means if a checkpoint does not fit."""
+    try:
+        yield
+    except (ValueError, FileNotFoundError) as error:
+        raise ValueError(
+            f"{checkpoint} is of another run, so this one cannot go on from it: choose another output folder ({error})"
+        ) from None
 
 
 class AnswerTrainer(ClaraTrainer):

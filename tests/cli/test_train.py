@@ -171,6 +171,7 @@ class TestConfig:
         [
             ("- 1", "must hold a mapping"),
             ("{", "is not YAML"),
+            ("weight_decay: heavy", "bad.yaml sets weight_decay ('heavy'), which must be a number"),
             ("colour: red", "sets colour: neither an option of this command nor of transformers"),
         ],
     )

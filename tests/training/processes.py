@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,7 @@ class Run:
         options: training arguments.
         resume: go on from the last checkpoint of the folder.
         poison: id of a sample whose loss is made NaN.
+        dies: a checkpoint; the first process is killed when all have written it, before it is in its place.
     """
 
     name: str
@@ -63,13 +65,15 @@ class Run:
     options: dict[str, Any] = field(default_factory=dict)
     resume: bool = False
     poison: str | None = None
+    dies: str | None = None
 
 
 def run_all(folder: Path, runs: list[Run]) -> None:
     """Run them, each in processes of its own, that leave ``FOLDER/NAME/RANK.pt``: losses, weights, and its error."""
     for run in runs:
         (folder / run.name).mkdir(exist_ok=True)
-        assert run_ranks(run.world, leave_result, folder, run, log=folder / run.name / "log.txt"), "it was killed"
+        survived = run_ranks(run.world, leave_result, folder, run, log=folder / run.name / "log.txt")
+        assert survived == (run.dies is None)
 
 
 def leave_result(folder: Path, run: Run) -> None:
@@ -143,9 +147,12 @@ def train(folder: Path, run: Run) -> dict[str, Any]:
     trainer = make_trainer(folder, run)
     if run.poison is not None:
         poison(trainer, run.poison)
+    if run.dies is not None:
+        die_at(run.dies)
     found: dict[str, Any] = {"error": None}
     out = Path(trainer.args.output_dir)
     last = training.checkpoints.last_checkpoint(out) if run.resume else None
+    found["from"] = last.name if last else None
     try:
         trainer.train(resume_from_checkpoint=str(last) if last else None)
         found["eval"] = trainer.evaluate()
@@ -174,6 +181,17 @@ def poison(trainer: Any, name: str) -> None:
         return loss * float("nan") if bad else loss
 
     trainer.compute_loss = poisoned
+
+
+def die_at(checkpoint: str) -> None:
+    publish = training.checkpoints.publish
+
+    def dying(out: Path, name: str) -> None:
+        if name == checkpoint:
+            os.kill(os.getpid(), signal.SIGKILL)
+        publish(out, name)
+
+    training.checkpoints.publish = dying
 
 
 def let_processors_shard() -> None:

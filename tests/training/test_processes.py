@@ -126,22 +126,23 @@ def test_a_loss_that_is_not_finite_stops_all_processes(folder, sharded):
 
 @pytest.mark.parametrize("sharded", [pytest.param(False, marks=pytest.mark.slow), True], ids=["ddp", "fsdp"])
 @pytest.mark.parametrize("stage", ["scp", pytest.param("search", marks=pytest.mark.slow)])
-def test_resumed_equals_unbroken(dropping, stage, sharded):
+def test_killed_and_resumed_equals_unbroken(dropping, stage, sharded):
     """With dropout, whose random numbers are each process's own."""
-    options = {**ACCUMULATED, "save_strategy": "steps", "save_steps": 2, **(FSDP if sharded else {})}
+    options = {**ACCUMULATED, "save_strategy": "steps", "save_steps": 2, "max_steps": 4, **(FSDP if sharded else {})}
     names = [f"{stage}-{sharded}-{kind}" for kind in ("unbroken", "broken")]
     run_all(
         dropping,
         [
-            Run(names[0], stage, 2, options={**options, "max_steps": 4}),
-            Run(names[1], stage, 2, options={**options, "max_steps": 2}),
-            Run(names[1], stage, 2, options={**options, "max_steps": 4}, resume=True),
+            Run(names[0], stage, 2, options=options),
+            Run(names[1], stage, 2, options=options, dies="checkpoint-4"),
+            Run(names[1], stage, 2, options=options, resume=True),
         ],
     )
     for rank in (0, 1):
         unbroken, resumed = (result(dropping, name, rank) for name in names)
         assert resumed["losses"] == unbroken["losses"]
         assert len(resumed["losses"]) == 4
+        assert resumed["from"] == "checkpoint-2"
         assert all(torch.equal(weight, resumed["weights"][name]) for name, weight in unbroken["weights"].items())
     files = {path.name for path in (dropping / names[1] / "out" / "checkpoint-4").iterdir()}
     assert "optimizer.bin" in files if sharded else "optimizer.pt" in files

@@ -53,10 +53,17 @@ def arguments_of(context: typer.Context) -> dict[str, Any]:
 
 
 def make_arguments(cls: type[Any], settings: dict[str, Any], config: str | None) -> Any:
-    """Training arguments of a stage. Raises ``ValueError`` naming settings that neither it nor transformers has."""
-    unknown = sorted(set(settings) - set(cls.__dataclass_fields__))
+    """Training arguments of a stage.
+
+    Raises ``ValueError`` naming settings that neither it nor transformers has, and texts in the place of numbers.
+    """
+    known = cls.__dataclass_fields__
+    unknown = sorted(set(settings) - set(known))
     if unknown:
         raise ValueError(f"{config} sets {', '.join(unknown)}: neither an option of this command nor of transformers")
+    for name, value in settings.items():
+        if known[name].type in (int, float, "int", "float") and not isinstance(value, int | float):
+            raise ValueError(f"{config} sets {name} ({value!r}), which must be a number")
     return cls(**settings)
 
 

@@ -95,7 +95,11 @@ class CommonOptions:
         last = last_checkpoint(self.out)
         # The Trainer logs to stdout, which is for results.
         with contextlib.redirect_stdout(sys.stderr):
-            trainer.train(resume_from_checkpoint=str(last) if last else None)
+            try:
+                trainer.train(resume_from_checkpoint=str(last) if last else None)
+            except BaseException:
+                print()  # the error gets a line of its own, below the progress bar
+                raise
         first = trainer.is_world_process_zero()
         trainer.model.save_pretrained(self.out, is_main_process=first)
         if not first:

@@ -233,12 +233,14 @@ class Clara(nn.Module):
         if hasattr(self.lm, "activation_checkpointing_enable"):
             self.lm.activation_checkpointing_enable(activation_checkpointing_kwargs, **options)
         else:  # transformers before 5.24
-            self.lm.gradient_checkpointing_enable(activation_checkpointing_kwargs)
+            self.lm.gradient_checkpointing_enable(activation_checkpointing_kwargs, **options)
         self._checkpointing = True
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **options: Any
+    ) -> None:
         """The older name of :meth:`activation_checkpointing_enable`."""
-        self.activation_checkpointing_enable(gradient_checkpointing_kwargs)
+        self.activation_checkpointing_enable(gradient_checkpointing_kwargs, **options)
 
     @property
     def device(self) -> torch.device:

@@ -65,6 +65,7 @@ def _read(path: Path) -> tuple[Any, Any]:
     try:
         tokenizer = AutoTokenizer.from_pretrained(**where)
         model: Any = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
+        _name_special_tokens(tokenizer, path)
     except Exception as error:  # the parser of a damaged file fails in whatever it happens to touch
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(f"{path} cannot be read as a language model: {reason}") from error
@@ -80,3 +81,15 @@ def _read(path: Path) -> tuple[Any, Any]:
     model.hf_quantizer = None
     model.is_quantized = False
     return model, tokenizer
+
+
+def _name_special_tokens(tokenizer: Any, path: Path) -> None:
+    """Take first and last token from the file: transformers 5.17 takes the one for the other."""
+    from gguf import GGUFReader
+
+    fields = GGUFReader(path).fields
+    for name in ("bos", "eos"):
+        field = fields.get(f"tokenizer.ggml.{name}_token_id")
+        if field is not None:
+            token = tokenizer.convert_ids_to_tokens(int(field.parts[field.data[0]][0]))
+            setattr(tokenizer, f"{name}_token", token)

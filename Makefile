@@ -11,7 +11,7 @@ SOURCES := CMakeLists.txt pyproject.toml $(shell find csrc -type f) $(shell find
 # The kind of wheel: cpu, or the CUDA release without its point.
 CUDA ?= cpu
 
-.PHONY: help install demo test test-slow test-wheels sanitize sanitize-gpu wheel lint format bench clean
+.PHONY: help install demo test test-slow test-kbit test-wheels sanitize sanitize-gpu wheel lint format bench clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -38,6 +38,11 @@ test: install  ## all quick tests
 
 test-slow: install  ## the slow ones too
 	$(BIN)/python -m pytest -m "slow or not slow"
+
+# Beside the environment: peft imports bitsandbytes wherever it finds it, which takes each process a second.
+test-kbit: install  ## only bases in 8 and 4 bits, with bitsandbytes
+	test -d build/kbit || $(BIN)/pip install --quiet --no-deps --target build/kbit bitsandbytes
+	PYTHONPATH=build/kbit $(BIN)/python -m pytest tests/modeling/test_kbit.py
 
 test-wheels: install  ## only the wheels: build them, look inside, install and run them
 	$(BIN)/python -m pytest tests/packaging

@@ -122,7 +122,7 @@ def make_trainer(folder: Path, run: Run) -> Any:
             model, store, training.RetrieverTrainingArguments(**settings), samples, samples
         )
     settings |= {"top_k": 2, "num_candidates": 3, "candidates": "search" if run.stage == "search" else "data"}
-    settings |= {"search_every": 2}
+    settings |= {"search_every": 2, "eval_answers": 2 if run.stage == "joint" else 0}
     arguments = training.JointTrainingArguments(**settings)
     return training.JointTrainer(model, arguments, QUESTIONS, QUESTIONS, store=store)
 

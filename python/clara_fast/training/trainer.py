@@ -188,7 +188,11 @@ class ClaraTrainer(Trainer):
                     value = parameter.data.to(self.args.device)
                     torch.distributed.broadcast(value, 0)
                     parameter.data.copy_(value)
-        return super().train(*args, **options)
+        result = super().train(*args, **options)
+        last = checkpoints.last_checkpoint(Path(self.args.output_dir))
+        if self.args.should_save and last is not None:  # a kill may have come between a checkpoint and its rotation
+            self._rotate(last)
+        return result
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         out, args = Path(self._get_output_dir(trial)), self.args
@@ -216,9 +220,12 @@ class ClaraTrainer(Trainer):
         if self.is_local_process_zero() and (staging / name).exists():  # another machine with a disk of its own
             checkpoints.publish(out, name)
         if args.should_save:
-            best = self.state.best_model_checkpoint
-            checkpoints.rotate(out, args.save_total_limit, {out / name, *([Path(best)] if best else [])})
-            checkpoints.clear_unfinished(out)
+            self._rotate(out / name)
+
+    def _rotate(self, last: Path) -> None:
+        best = self.state.best_model_checkpoint
+        checkpoints.rotate(last.parent, self.args.save_total_limit, {last, *([Path(best)] if best else [])})
+        checkpoints.clear_unfinished(last.parent)
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self._staging or super()._get_output_dir(trial))

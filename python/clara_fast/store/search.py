@@ -20,8 +20,10 @@ from clara_fast.store.snapshot import Snapshot
 
 Keys = tuple[Tensor, Tensor | None]
 KEYS = ("memory", "pooled")
-# Large enough that starting a scan costs nothing, small enough that what is resident stays small.
-BLOCK_BYTES = 64 << 20
+# Large enough that starting on one costs nothing, small enough that what is resident stays small.
+BLOCK_BYTES = 128 << 20
+# What stays mapped between searches, by default: all of a small store, and a share of a large one that does not grow.
+RESIDENT_BYTES = 96 << 20
 # Where fewer rows than one in so many may be found, they are gathered; else all are compared, and more are kept.
 _SPARSE = 4
 _MERGE_COLUMNS = 4096
@@ -44,12 +46,16 @@ class Block:
 
     def keys(self) -> Keys:
         """``[n, R]`` as it is stored, mapped, and the scales ``[n]`` or ``[n, m]`` of 8-bit keys."""
+        if was_closed := not self.shard.is_open:
+            self.shard.bring(self.kind, self.rows)
         stored = self.shard.rows
         values = stored.memory.flatten(1) if self.kind == "memory" else stored.pooled
         scales = stored.scales if self.kind == "memory" else stored.pooled_scales
         assert values is not None, "checked by topk"
-        self.shard.bring(self.kind, self.rows)
-        return values[self.rows], None if scales is None else scales[self.rows]
+        values = values[self.rows]
+        if not was_closed and not pages.cached(values):
+            self.shard.bring(self.kind, self.rows)
+        return values, None if scales is None else scales[self.rows]
 
 
 class KeySource(Protocol):
@@ -70,16 +76,14 @@ class MappedKeys:
     """Keys read in place through the memory map.
 
     Pages that were read stay mapped, up to ``resident_bytes``, and the next search finds them; the others are let go
-    once compared and cost a fault when they come again. Either way they are the system's cache, not copies.
-
-    Args:
-        resident_bytes: default: a quarter of the machine's memory.
+    once compared and are mapped anew when they come again, which costs little where they are huge pages and up to
+    twice the time of the search where the cache holds small ones. Either way they are the system's cache, not copies.
     """
 
     device = torch.device("cpu")
 
     def __init__(self, resident_bytes: int | None = None) -> None:
-        self._room = pages.machine_memory() // 4 if resident_bytes is None else checked_room(resident_bytes)
+        self._room = RESIDENT_BYTES if resident_bytes is None else checked_room(resident_bytes)
         self._used = 0
         self._kept: dict[tuple[FileFacts, int, str], int] = {}
 
@@ -128,8 +132,10 @@ def blocks_of(snapshot: Snapshot, kind: str, shards: Iterable[int]) -> Iterator[
     step = max(1, BLOCK_BYTES // (width * snapshot.format.dtype.itemsize))
     for number in shards:
         shard = snapshot.shards[number]
-        for start in range(0, shard.entry.rows, step):
-            yield Block(number, shard, slice(start, min(start + step, shard.entry.rows)), places[number] + start, kind)
+        count = -(-shard.entry.rows // step)
+        even = -(-shard.entry.rows // count)  # no short block at the end
+        for start in range(0, shard.entry.rows, even):
+            yield Block(number, shard, slice(start, min(start + even, shard.entry.rows)), places[number] + start, kind)
 
 
 def topk(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from functools import cached_property
 from itertools import groupby
 from pathlib import Path
@@ -22,6 +23,9 @@ from clara_fast.store.files import FileFacts, file_sha256
 from clara_fast.store.formats import Format, Rows
 from clara_fast.store.manifest import ShardEntry
 from clara_fast.store.shard_files import ROWS_PER_GROUP, SCHEMA, id_digests
+
+# What safetensors allows.
+_LONGEST_HEADER = 100_000_000
 
 
 class Shard:
@@ -60,6 +64,11 @@ class Shard:
                     f"{name!r} holds {found[0]} {found[1]}, not {expected[name][0]} {expected[name][1]}",
                 )
         return tensors
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the file of memories is."""
+        return "_tensors" in self.__dict__
 
     @property
     def rows(self) -> Rows:
@@ -133,22 +142,22 @@ class Shard:
         return self.table(["id"]).column("id").to_pylist()
 
     def bring(self, name: str, rows: slice) -> None:
-        """Have rows of one of the tensors in the system's cache: see :func:`clara_fast.store.pages.bring`."""
-        mapped = self._tensors[name]
-        width = mapped[:1].numel() * mapped.element_size()
-        pages.bring(mapped[rows], self._path(self.entry.memory), self._starts[name] + (rows.start or 0) * width)
+        """Have rows of one of the tensors in the system's cache: see :func:`clara_fast.store.pages.bring`.
 
-    @cached_property
-    def _starts(self) -> dict[str, int]:
-        """Where in the file each tensor begins."""
-        try:
-            with open(self._path(self.entry.memory), "rb") as file:
+        Best asked for before the file is open: what opening brings comes in small pages.
+        """
+        path = self._path(self.entry.memory)
+        with suppress(OSError, ValueError, LookupError, TypeError, RecursionError):  # told when the file is opened
+            pages.bring(path, 0, 1)
+            with open(path, "rb") as file:
                 length = int.from_bytes(file.read(8), "little")
-                header = json.loads(file.read(length))
-        except OSError as error:
-            raise self._damaged(self.entry.memory, error.strerror or str(error)) from None
-        header.pop("__metadata__", None)
-        return {name: 8 + length + about["data_offsets"][0] for name, about in header.items()}
+                header = json.loads(file.read(min(length, _LONGEST_HEADER)))
+            header.pop("__metadata__", None)
+            for about in header.values():  # opening touches where each tensor begins
+                pages.bring(path, 8 + length + about["data_offsets"][0], 1)
+            begin, end = header[name]["data_offsets"]
+            width = (end - begin) // self.entry.rows
+            pages.bring(path, 8 + length + begin + rows.start * width, (rows.stop - rows.start) * width)
 
     def problems(self) -> list[str]:
         """What is wrong with the shard's files, read in full; empty if nothing is."""
@@ -169,7 +178,6 @@ class Shard:
         return found
 
     def _probe_memory(self) -> None:
-        self.__dict__.pop("_starts", None)
         self.__dict__.pop("_tensors", None)  # what is mapped may be an older file than what the name now means
         _ = self._tensors
 

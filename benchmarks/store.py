@@ -4,8 +4,8 @@
 
 Random memories are written to a folder first (up to 2 GB, removed afterwards), then searched through the memory map
 as any store is: as is usual, with nothing kept mapped between searches, and with all of it. Beside that: the same
-numbers held in memory, given to the operator alone and multiplied by torch. For what the formats cost in ranking and answers, see
-store_formats.py.
+numbers held in memory, given to the operator alone and multiplied by torch. For what the formats cost in ranking and
+answers, see store_formats.py.
 """
 
 from __future__ import annotations

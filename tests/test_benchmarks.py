@@ -174,7 +174,7 @@ def test_store(tmp_path):
 
     results = check_document(run(store, tmp_path, "--folder", str(tmp_path)))
     searched = results["store: search, bfloat16, 300 documents of 128, B = 1"]
-    assert searched["contestants"].keys() == {OURS, store.KEEPING_NOTHING, store.BARE, store.PEER}
+    assert searched["contestants"].keys() == {OURS, store.KEEPING_NOTHING, store.KEEPING_ALL, store.BARE, store.PEER}
     assert results["store: search, int8, 300 documents of 128, B = 8"]["contestants"].keys() >= {OURS, store.BARE}
     assert len(results) == 10
     assert [path.name for path in tmp_path.iterdir()] == ["result.json"], "stores are left behind"

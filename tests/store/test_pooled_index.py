@@ -13,6 +13,14 @@ from clara_fast.store import MemoryStore, StoreDamagedError, StoreError
 faiss = pytest.importorskip("faiss", reason="needs the extra 'faiss'")
 
 
+def described(count: int, start: int) -> list[dict]:
+    """Texts with a number in [0, 100) each, which has nothing to do with the topic."""
+    return [
+        {"text": text, "metadata": {"part": number * 37 % 101 % 100}}
+        for number, text in enumerate(texts(count, start), start)
+    ]
+
+
 @pytest.fixture(scope="module")
 def store(tmp_path_factory):
     """600 documents around 30 topics, so that there are neighbours to be found; the last 20 repeat the first."""
@@ -24,7 +32,7 @@ def store(tmp_path_factory):
     with MemoryStore.create(tmp_path_factory.mktemp("stores") / "s", model) as store:
         for start in (0, 250, 500):
             part = memory[start : start + 250]
-            store.add(names(len(part), start), texts(len(part), start), part)
+            store.add(names(len(part), start), described(len(part), start), part)
     return store
 
 
@@ -79,8 +87,55 @@ def test_where_the_index_finds_too_few_all_are_compared(store, queries):
     assert store.topk(queries, 100, index=index)[1].equal(store.topk(queries, 100)[1])
 
 
+@pytest.mark.parametrize("kind", ["IVF15,Flat", "HNSW", "Flat", "IVF8,SQ8", "PCA16,IVF4,Flat", "PCA16,HNSW16"])
+@pytest.mark.parametrize("below", [1, 8, 60])
+def test_filters(store, queries, kind, below):
+    """6, 48 and 360 of the documents fulfil the condition: fewer than are looked for, than are proposed, and more."""
+    index, where = store.build_index(kind), {"part": {"<": below}}
+    expected = store.topk(queries, 20, where=where)
+    scores, rows = store.topk(queries, 20, index=index, candidates=100, where=where)
+    assert rows.shape == expected[1].shape
+    assert {document.metadata["part"] for document in store.documents(rows.flatten().unique())} <= set(range(below))
+    if below < 60:
+        assert rows.equal(expected[1])
+        torch.testing.assert_close(scores, expected[0], rtol=0, atol=1e-6)
+    else:
+        found = (rows[:, :5, None] == expected[1][:, None, :5]).any(1).float().mean()
+        assert found > (0.5 if kind.startswith("IVF15") else 0.9)  # one list in fifteen is visited, or two
+
+
+def test_the_fewer_a_filter_leaves_the_more_is_visited(store, queries):
+    """As many lists as hold as many documents that count: one of 15 would hold 3 of these 48."""
+    index, where = store.build_index("IVF15,Flat").with_effort(1), {"part": {"<": 8}}
+    expected = store.topk(queries, 3, where=where)[1]
+    found = store.topk(queries, 3, index=index, candidates=20, where=where)[1]
+    assert (found[:, :, None] == expected[:, None, :]).any(1).float().mean() > 0.9
+
+
+def test_filters_after_deletions(tmp_path, model):
+    """The index numbers the documents that are there, a filter's masks the rows of the shards."""
+    with MemoryStore.create(tmp_path / "s", model) as store:
+        for start in (0, 150):
+            store.add(names(150, start), described(150, start), model.compress(texts(150, start)))
+        store.delete(names(40, 20) + names(30, 150))
+        index, where = store.build_index("Flat"), {"part": {"<": 50}}
+        queries = model.encode_queries(texts(8, 5))
+        expected = store.topk(queries, 4, where=where)
+        count = sum(document.metadata["part"] < 50 for document in store)
+        found = store.topk(queries, 4, index=index, candidates=count - 1, where=where)
+        assert (found[1][:, :2]).equal(expected[1][:, :2])  # all but the one whose mean is farthest are compared
+        assert {document.metadata["part"] < 50 for document in store.documents(found[1].flatten())} == {True}
+        assert store.topk(queries, 4, index=index, where={"part": 1000})[1].shape == (8, 0)
+
+
+def test_an_index_that_cannot_be_filtered_says_so(store, queries):
+    index = store.build_index("Flat,RFlat")
+    with pytest.raises(ValueError, match=r"where does not apply to an index of kind 'Flat,RFlat'"):
+        store.topk(queries, 5, index=index, where={"part": {"<": 60}})
+
+
 def test_the_report_counts_what_is_found(store, queries):
-    from clara_fast.store.pooled_index import recall_report
+    from clara_fast.store.recall import recall_report
 
     index = store.build_index("IVF").with_effort(15)
     few, all_of_them = recall_report(store, index, 5, [6, 600], queries=queries)
@@ -89,6 +144,11 @@ def test_the_report_counts_what_is_found(store, queries):
     shared = sum(len(set(a) & set(b)) for a, b in zip(found.tolist(), true.tolist()))
     assert few["recall"] == pytest.approx(shared / true.numel())
     assert few["recall"] < all_of_them["recall"] == 1
+    where = {"part": {"<": 60}}
+    few, all_of_them = recall_report(store, index, 5, [6, 600], queries=queries, where=where)
+    assert few["recall"] < all_of_them["recall"] == 1
+    with pytest.raises(ValueError, match="leaves nothing to find"):
+        recall_report(store, index, 5, [6], where={"part": 1000})
     # Documents as queries, without themselves and so without the easiest hit.
     few, all_of_them = recall_report(store, index, 5, [6, 600])
     assert few["recall"] < all_of_them["recall"] == 1
@@ -145,5 +205,7 @@ def test_bad_arguments(store, queries):
         store.search(queries, 5, index=index, candidates=4)
     with pytest.raises(ValueError, match=r"candidates \(4\) is for a search with an index"):
         store.search(queries, 5, candidates=4)
-    with pytest.raises(ValueError, match="takes no where, keys or group"):
+    with pytest.raises(ValueError, match="takes no keys or group"):
+        store.search(queries, 5, index=index, group=object())
+    with pytest.raises(ValueError, match=r"where names .*which no document has"):
         store.search(queries, 5, index=index, where={"a": 1})

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from clara_fast.cli.conditions import WhereOption, parsed_where
 from clara_fast.cli.models import JsonOption
 from clara_fast.cli.output import note, print_json, size
 
@@ -31,6 +32,7 @@ def index(
         typer.Option(help="Proposals for each query; may be given several times. Default: 50 200 800."),
     ] = None,
     effort: EffortOption = None,
+    where: WhereOption = None,
     samples: Annotated[int, typer.Option(help="Documents that serve as queries of the report.")] = 256,
     json: JsonOption = False,
 ) -> None:
@@ -40,8 +42,11 @@ def index(
     them. The report takes documents of the store as queries, each looking for others than itself.
     """
     from clara_fast.store import MemoryStore
-    from clara_fast.store.pooled_index import recall_report
+    from clara_fast.store.recall import recall_report
 
+    condition = parsed_where(where)
+    if where is not None and not report:
+        raise ValueError("--where is for --report: an index holds all documents")
     with MemoryStore.open(path) as store:
         if not report:
             started = time.perf_counter()
@@ -59,7 +64,7 @@ def index(
             raise ValueError(f"-k ({k}) must be at least 1 and less than the number of documents ({len(store)})")
         if samples < 1:
             raise ValueError(f"--samples ({samples}) must be at least 1")
-        lines = recall_report(store, built, k, candidates or [50, 200, 800], samples=samples)
+        lines = recall_report(store, built, k, candidates or [50, 200, 800], samples=samples, where=condition)
         if json:
             print_json({"store": str(path), "kind": built.facts.kind, "k": k, "report": lines})
             return

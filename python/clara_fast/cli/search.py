@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json as json_format
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
+from clara_fast.cli.conditions import WhereOption, parsed_where
 from clara_fast.cli.index import EffortOption
 from clara_fast.cli.models import (
     BaseModelOption,
@@ -32,10 +32,7 @@ def search(
         int | None,
         typer.Option("-k", help=f"Documents for each query. Default: {DEFAULT_K}, or all if there are fewer."),
     ] = None,
-    where: Annotated[
-        str | None,
-        typer.Option(help='Only documents of which this holds: \'{"lang": ["en", "de"], "year": {">=": 1990}}\'.'),
-    ] = None,
+    where: WhereOption = None,
     pooled: Annotated[bool, typer.Option("--pooled", help="Compare the means over the memory tokens.")] = False,
     use_index: Annotated[
         bool, typer.Option("--index", help="Two-stage search by the store's index (clara-fast index).")
@@ -57,7 +54,7 @@ def search(
 
     if not all(query.strip() for query in queries):
         raise ValueError("a query is empty")
-    condition = _condition(where)
+    condition = parsed_where(where)
     for name, value in (("--candidates", candidates), ("--effort", effort), ("--compare", compare or None)):
         if value is not None and not use_index:
             raise ValueError(f"{name} is for a search with --index")
@@ -75,10 +72,11 @@ def search(
     recall: dict[str, float] = {}
     if compare:
         compared = time.perf_counter()
-        exact = store.search(memories, k)
+        exact = store.search(memories, k, where=condition)
         timings["exact search"] = time.perf_counter() - compared
         shared = sum(len({hit.row for hit in a} & {hit.row for hit in b}) for a, b in zip(found, exact, strict=True))
-        recall = {"recall": shared / (k * len(queries))}
+        total = sum(map(len, exact))
+        recall = {"recall": shared / total if total else 1.0}
     if json:
         results = [{"query": q, "hits": [asdict(hit) for hit in hits]} for q, hits in zip(queries, found, strict=True)]
         facts = {"store": str(path), "documents": len(store), "k": k, "results": results}
@@ -92,15 +90,3 @@ def search(
     if recall:
         print(f"recall@{k} of exact search: {recall['recall']:.4f}")
     print(f"{len(store)} documents; {seconds(timings)}")
-
-
-def _condition(where: str | None) -> dict[str, Any] | None:
-    if where is None:
-        return None
-    try:
-        condition = json_format.loads(where)
-    except ValueError as error:
-        raise ValueError(f"--where ({where}) is not JSON: {error}") from None
-    if not isinstance(condition, dict):
-        raise ValueError(f"--where ({where}) must be a JSON object")
-    return condition

@@ -15,7 +15,6 @@ import hashlib
 import json
 import os
 import re
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from clara_fast import ops
+from clara_fast.store import search
 from clara_fast.store.errors import StoreDamagedError, StoreError
 from clara_fast.store.files import Staged, file_sha256, sync_folder
 from clara_fast.store.snapshot import Snapshot
@@ -137,22 +137,31 @@ class PooledIndex:
         setattr(inner, knob, effort)
         return self
 
-    def topk(self, snapshot: Snapshot, queries: Tensor, k: int, candidates: int | None = None) -> tuple[Tensor, Tensor]:
+    def topk(
+        self,
+        snapshot: Snapshot,
+        queries: Tensor,
+        k: int,
+        candidates: int | None = None,
+        allowed: Sequence[np.ndarray] | None = None,
+    ) -> tuple[Tensor, Tensor]:
         """The k best of what the index proposes.
 
         Args:
             snapshot: of the store that was indexed.
             queries: ``[B, m * D]``, finite, on the CPU.
-            k: at most the number of documents.
+            k: at most the number of documents that may be found.
             candidates: proposals for each query, at least ``k``; default 20 times as many, and 100 at least.
+            allowed: per shard ``[rows]`` bool, which rows may be proposed; all live ones if None.
 
         Returns:
             scores ``[B, k]`` float32 and rows ``[B, k]``, equal scores with the lower row first. A query for which
-            the index proposes fewer than ``k`` is compared with all documents.
+            the index proposes fewer than ``k`` is compared with all documents that may be found, and all queries are
+            where these are no more than ``candidates``.
         """
         _check_fresh(self.facts, snapshot)
         candidates = _number_of_candidates(candidates, k, len(snapshot))
-        proposals = self._proposals(snapshot, queries, candidates)
+        proposals = self._proposals(snapshot, queries, candidates, allowed)
         size = snapshot.shape[0] * snapshot.shape[1] * 4
         step = max(1, _GATHERED_BYTES // (size * candidates))
         found = []
@@ -164,7 +173,7 @@ class PooledIndex:
             for i, members in enumerate(np.split(places, np.cumsum(counts)[:-1])):
                 query = queries[start + i : start + i + 1]
                 if len(members) < k:
-                    found.append(_exact(snapshot, query, k))
+                    found.append(_exact(snapshot, query, k, allowed))
                     continue
                 members = np.sort(members)  # rows ascend with their places: equal scores go to the lower row
                 scores, best = ops.cosine_topk(query, memory[torch.from_numpy(members)], k)
@@ -174,14 +183,47 @@ class PooledIndex:
         scores, chosen = (torch.cat(parts) for parts in zip(*found, strict=True))
         return scores, chosen
 
-    def _proposals(self, snapshot: Snapshot, queries: Tensor, candidates: int) -> np.ndarray:
+    def _proposals(
+        self, snapshot: Snapshot, queries: Tensor, candidates: int, allowed: Sequence[np.ndarray] | None
+    ) -> np.ndarray:
         """``[B, candidates]`` rows, -1 where the index found no more."""
+        mask = None if allowed is None else _live(snapshot, allowed)
+        if mask is not None and int(mask.sum()) <= candidates:
+            return np.broadcast_to(np.nonzero(mask)[0], (len(queries), int(mask.sum())))
         pooled = _unit(queries.float().view(-1, *snapshot.shape).mean(1))
         inner, knob = self._knob()
         if inner is not None and knob == "efSearch":  # a graph finds no more than it visits
             inner.efSearch = max(inner.efSearch, candidates)
-        _, rows = self._index.search(pooled, candidates)
+        if mask is None:
+            return np.asarray(self._index.search(pooled, candidates)[1])
+        packed = np.packbits(mask, bitorder="little")  # held until the search is done: FAISS does not copy it
+        try:
+            _, rows = self._index.search(pooled, candidates, params=self._parameters(packed, mask))
+        except RuntimeError:
+            raise ValueError(
+                f"where does not apply to an index of kind {self.facts.kind!r}, which FAISS cannot filter: "
+                "search without the index, or build one of kind 'IVF' or 'HNSW'"
+            ) from None
         return np.asarray(rows)
+
+    def _parameters(self, packed: np.ndarray, mask: np.ndarray) -> Any:
+        """FAISS's parameters of a search for the rows of ``mask`` only.
+
+        The fewer of the rows these are, the more lists or neighbours are visited: so that as many are met that count.
+        """
+        faiss = _faiss()
+        selector = faiss.IDSelectorBitmap(packed)
+        inner, knob = self._knob()
+        if inner is None:
+            parameters = faiss.SearchParameters(sel=selector)
+        else:
+            most = inner.nlist if knob == "nprobe" else len(mask)
+            effort = min(most, -(-int(getattr(inner, knob)) * len(mask) // int(mask.sum())))
+            kind = faiss.SearchParametersIVF if knob == "nprobe" else faiss.SearchParametersHNSW
+            parameters = kind(sel=selector, **{knob: effort})
+        if isinstance(faiss.downcast_index(self._index), faiss.IndexPreTransform):
+            parameters = faiss.SearchParametersPreTransform(index_params=parameters)
+        return parameters
 
     def _knob(self) -> tuple[Any, str]:
         """What decides between speed and recall, and its name; None where nothing does."""
@@ -192,46 +234,6 @@ class PooledIndex:
         if isinstance(inner, faiss.IndexIVF):
             return inner, "nprobe"
         return (inner.hnsw, "efSearch") if isinstance(inner, faiss.IndexHNSW) else (None, "")
-
-
-def recall_report(
-    store: StoreReader, index: PooledIndex, k: int, candidates: Sequence[int], *, queries: Tensor | None = None,
-    samples: int = 256,
-) -> list[dict[str, float]]:  # fmt: skip
-    """How many of the ``k`` nearest documents two-stage search finds, and how long both searches take.
-
-    Args:
-        store: that was indexed.
-        index: of it.
-        k: neighbours to look for.
-        candidates: numbers of proposals to try.
-        queries: ``[B, m, D]``; default: ``samples`` documents of the store, each looking for others than itself.
-
-    Returns:
-        for each number of candidates: ``candidates``, ``recall`` (mean over the queries), ``seconds`` a query, and
-        ``exact_seconds`` of exact search.
-    """
-    own = None
-    if queries is None:
-        own = np.unique(np.linspace(0, len(store) - 1, min(samples, len(store))).astype(np.int64))
-        queries = store.memory(own.tolist()).float()
-    wanted = k if own is None else k + 1
-    started = time.perf_counter()
-    exact = store.topk(queries, wanted)[1].numpy()
-    exact_seconds = (time.perf_counter() - started) / len(queries)
-    report = []
-    for number in candidates:
-        started = time.perf_counter()
-        found = store.topk(queries, wanted, index=index, candidates=max(number, wanted))[1].numpy()
-        seconds = (time.perf_counter() - started) / len(queries)
-        hits = 0
-        for i, (true, proposed) in enumerate(zip(exact, found, strict=True)):
-            without = [] if own is None else [own[i]]
-            best = [row for row in true if row not in without][:k]
-            hits += len(np.intersect1d(best, proposed))
-        recall = hits / (k * len(queries))
-        report.append({"candidates": number, "recall": recall, "seconds": seconds, "exact_seconds": exact_seconds})
-    return report
 
 
 def contents(snapshot: Snapshot) -> str:
@@ -284,10 +286,14 @@ def _unit(vectors: Tensor) -> np.ndarray:
     return np.ascontiguousarray(F.normalize(vectors, dim=1).numpy())
 
 
-def _exact(snapshot: Snapshot, query: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    from clara_fast.store import search
+def _live(snapshot: Snapshot, allowed: Sequence[np.ndarray]) -> np.ndarray:
+    """``[documents]`` bool from masks of the shards' rows."""
+    parts = [mask[shard.live_mask()] for mask, shard in zip(allowed, snapshot.shards, strict=True)]
+    return np.concatenate([np.empty(0, dtype=bool), *parts])
 
-    return search.topk(snapshot, query, k, source=search.MappedKeys())
+
+def _exact(snapshot: Snapshot, query: Tensor, k: int, allowed: Sequence[np.ndarray] | None) -> tuple[Tensor, Tensor]:
+    return search.topk(snapshot, query, k, source=search.MappedKeys(), allowed=allowed)
 
 
 def _number_of_candidates(candidates: int | None, k: int, rows: int) -> int:

@@ -150,7 +150,8 @@ class StoreReader:
             group: of ``torch.distributed``: its ranks search a share of the shards each, for the same arguments, and
                 all return the same.
             index: of :meth:`open_index`: compare only what it proposes, in time that hardly grows with the store.
-            candidates: how much it proposes for each query; default 20 for each of ``k``, and 100 at least.
+            candidates: how much it proposes for each query; default 20 for each of ``k``, and 100 at least. Where no
+                more documents than that fulfil ``where``, all of them are compared.
 
         Returns:
             for each query its hits, best first.
@@ -190,15 +191,17 @@ class StoreReader:
             raise ValueError(f"k ({k}) must be at least 1")
         if k > len(self):
             raise ValueError(f"k ({k}) must be at most the number of documents ({len(self)})")
-        if index is not None:
-            if where is not None or keys != "memory" or group is not None:
-                raise ValueError("a search with an index takes no where, keys or group: it is exact search that does")
-            return index.topk(snapshot, queries, k, candidates)
-        if candidates is not None:
+        if index is not None and (keys != "memory" or group is not None):
+            raise ValueError("a search with an index takes no keys or group: it is exact search that does")
+        if index is None and candidates is not None:
             raise ValueError(f"candidates ({candidates}) is for a search with an index")
         masks = allowed(snapshot, where) if where is not None else None
         if masks is not None:
             k = min(k, sum(int(mask.sum()) for mask in masks))
+            if k == 0:
+                return torch.empty(len(queries), 0), torch.empty(len(queries), 0, dtype=torch.int64)
+        if index is not None:
+            return index.topk(snapshot, queries, k, candidates, masks)
         return search.topk(snapshot, queries, k, source=self._keys, kind=keys, allowed=masks, group=group)
 
     def open_index(self, *, effort: int | None = None) -> PooledIndex:

@@ -21,8 +21,9 @@ from clara_fast.store.errors import (
     StoreMismatchError,
     StoreNotFoundError,
 )
-from clara_fast.store.ingest import IngestReport, compress_corpus
+from clara_fast.store.ingest import compress_corpus
 from clara_fast.store.memory_store import MemoryStore
+from clara_fast.store.selection import IngestReport
 
 __all__ = [
     "Chunking",

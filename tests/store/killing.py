@@ -1,4 +1,4 @@
-"""Kills writers at every moment: ``python killing.py WHAT FOLDER STEP...``.
+"""Kills writers at every moment: ``python killing.py WHAT FOLDER STEP...``, ``python killing.py clock FOLDER SEED...``.
 
 Writing a store goes through ``os.fsync``, ``os.replace`` and ``os.unlink``; a child that dies on the way into the n-th
 such call, for every n, has died at every moment that matters. A fresh process that never used torch's threads may
@@ -8,8 +8,10 @@ fork, and forking is what makes dozens of deaths quick.
 from __future__ import annotations
 
 import os
+import random
 import signal
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -81,6 +83,28 @@ def live(path: Path, done: Path) -> None:
             log.write(b".")
 
 
+def kill_by_the_clock(folder: Path, seeds: list[int]) -> None:
+    """One store for each seed, in a child that is killed after a random part of the time that a whole life takes."""
+
+    def lives(name: str) -> int:
+        if (pid := os.fork()) == 0:
+            live(folder / name, folder / f"{name}.done")
+            os._exit(0)
+        return pid
+
+    for name in ("warm", "timed", *(f"killed-{seed}" for seed in seeds)):
+        fill(folder / name)
+    live(folder / "warm", folder / "warm.done")
+    started = time.perf_counter()
+    os.waitpid(lives("timed"), 0)
+    whole = time.perf_counter() - started
+    for seed in seeds:
+        pid = lives(f"killed-{seed}")
+        time.sleep(random.Random(seed).uniform(0, whole))
+        os.kill(pid, signal.SIGKILL)
+        print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+
+
 def die_at(step: int) -> Callable[[], int]:
     """Arrange for SIGKILL before file operation number ``step``, counted from 1; returns how many there were."""
     count = 0
@@ -103,6 +127,10 @@ def die_at(step: int) -> Callable[[], int]:
 
 def main(what: str, folder: Path, steps: list[int]) -> None:
     """One store for each step, in a child that dies there; print the children's exit statuses."""
+
+    if what == "clock":
+        kill_by_the_clock(folder, steps)
+        return
 
     def run(name: str) -> None:
         path = folder / name

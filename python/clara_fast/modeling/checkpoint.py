@@ -91,10 +91,10 @@ def load_model(
     folder = _find(name_or_path, subfolder, revision)
     content = read_config(folder)
     kind = content.get("model_type")
-    if kind == ml_clara.MODEL_TYPE:
+    if kind in (ml_clara.MODEL_TYPE, ml_clara.PISCO_TYPE):
         if compression_rate is not None:
             raise ValueError(
-                f"compression_rate ({compression_rate}) cannot be chosen for {folder}, a checkpoint of ml-clara"
+                f"compression_rate ({compression_rate}) cannot be chosen for {folder}, a checkpoint of ml-clara or PISCO"
             )
         return ml_clara.load(cls, folder, content, base_model, dtype, device).eval()
     if kind != MODEL_TYPE:

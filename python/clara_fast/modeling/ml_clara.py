@@ -1,4 +1,4 @@
-"""The reference implementation's checkpoint format, read and written as it is.
+"""The reference implementation's checkpoint format, read and written as it is; and PISCO's, which it came from.
 
 A folder with ``config.json``, ``adapters.pth`` (``{adapter: {tensor name: tensor}}``) and
 ``decoder_first_last_layers.pth`` (embedding table and LM head, added rows included). ``training_stage`` is never
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from clara_fast.modeling.clara import Clara
 
 MODEL_TYPE = "CLaRa"
+# PISCO's checkpoints (naver/pisco-*) have the same files, prompt and token order, and no query reasoner.
+PISCO_TYPE = "COCOM"
 ADAPTERS_FILE = "adapters.pth"
 TABLES_FILE = "decoder_first_last_layers.pth"
 ROLE_OF_ADAPTER: dict[str, Role] = {
@@ -68,7 +70,17 @@ def load(
 
 
 def read_settings(content: dict[str, Any], folder: Path, base_model: str | Path | None) -> ClaraConfig:
-    """Our configuration for theirs. What the file leaves out has the reference's own default."""
+    """Our configuration for theirs. What the file leaves out has the reference's own default, which is PISCO's.
+
+    Raises ``ValueError`` for relatives of PISCO that do not compress with the base model and an adapter of its own.
+    """
+    if content.get("model_type") == PISCO_TYPE:
+        for name, needed in (("compr_model_name", None), ("lora", True), ("training_form", "both_separately")):
+            if content.get(name) != needed:
+                raise ValueError(
+                    f"{name} ({content.get(name)!r}) in {folder / CONFIG_FILE} must be {needed!r}: of this format only "
+                    "PISCO's checkpoints can be read, whose compressor is an adapter on the generator's base"
+                )
     base = str(base_model or content.get("decoder_model_name") or "")
     if not base:
         raise ValueError(f"{folder / CONFIG_FILE} names no decoder_model_name; give base_model")

@@ -94,7 +94,7 @@ def load_model(
     if kind in (ml_clara.MODEL_TYPE, ml_clara.PISCO_TYPE):
         if compression_rate is not None:
             raise ValueError(
-                f"compression_rate ({compression_rate}) cannot be chosen for {folder}, a checkpoint of ml-clara or PISCO"
+                f"compression_rate ({compression_rate}) cannot be chosen for {folder}, which is no checkpoint of ours"
             )
         return ml_clara.load(cls, folder, content, base_model, dtype, device).eval()
     if kind != MODEL_TYPE:

@@ -234,6 +234,11 @@ FAILURES: dict[str, Callable[[_Handler], None]] = {
     "no model": lambda h: h.error(404, "The model `none` does not exist."),
     "no key": lambda h: h.error(401, "Incorrect API key provided"),
     "no good": lambda h: h.error(400, "I do not like it"),
+    "no quota": lambda h: h.send(
+        429,
+        {"error": {"message": "You exceeded your current quota", "code": "insufficient_quota"}},
+        Retry_After="60",
+    ),
 }
 PASSING = tuple(FAILURES)[:11]
 UNUSABLE = tuple(FAILURES)[11:16]

@@ -62,6 +62,10 @@ def test_what_the_server_refuses_for_good(refused, server):
     server.fail = lambda body, before: "no key"
     assert "refuses the key: Incorrect API key provided (HTTP 401); no key was given" in refused()
     assert "the environment variable NOT_SET (--api-key-env) is not set" in refused(api_key_env="NOT_SET")
+    server.fail = lambda body, before: "no quota"
+    server.asked.clear()
+    assert refused(retries=8) == f"error: {server.url}: You exceeded your current quota (HTTP 429)"
+    assert len(server.asked) == 1  # a 429 that no waiting mends
     server.fail = lambda body, before: "500"
     server.asked.clear()
     assert "does not answer: oh (HTTP 500), after 2 attempts" in refused(code=1)

@@ -16,6 +16,7 @@ import pytest
 
 from clara_fast.data import read_multidoc, read_scp
 from clara_fast.synthesis import (
+    BadEndpoint,
     Endpoint,
     Items,
     Prices,
@@ -218,12 +219,22 @@ def test_a_passage_whose_requests_keep_failing_is_left_open_and_taken_up_again(r
     assert content(tmp_path, "scp") == content(tmp_path, "calm")
 
 
-def test_a_server_that_goes_away_ends_the_run_and_what_was_accepted_is_written(run, server, tmp_path):
+@pytest.mark.parametrize(
+    ("failure", "asked_in_vain", "error", "message"),
+    [
+        ("hangs up", 20, ServerGone, "does not answer"),
+        ("no quota", 2, BadEndpoint, r"You exceeded your current quota \(HTTP 429\)"),
+    ],
+)
+def test_a_server_that_goes_away_ends_the_run_and_what_was_accepted_is_written(
+    run, server, tmp_path, failure, asked_in_vain, error, message
+):
     run(4, "calm")
     gone = len(server.asked) + 60
-    server.fail = lambda body, before: "hangs up" if len(server.asked) > gone else None
-    with pytest.raises(ServerGone, match="does not answer"):
+    server.fail = lambda body, before: failure if len(server.asked) > gone else None
+    with pytest.raises(error, match=message):
         run(4, retries=1, concurrency=2)
+    assert len(server.asked) <= gone + asked_in_vain
     before = assert_verified(server, tmp_path / "scp.jsonl")
     assert 0 < len(before) < 8
     server.fail = lambda body, before: None

@@ -126,13 +126,12 @@ def peak(name: str, shape: tuple[int, int, int], dtype: torch.dtype, device: tor
     states, labels, head = inputs(shape, dtype, device)
     for rows in (1, shape[0]):
         leaf = states[:rows].clone().requires_grad_()
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
-            before = torch.cuda.memory_allocated(device)
-        else:
-            before = machine.reset_peak_memory()
-        CONTESTANTS[name](leaf, labels[:rows], head).backward()
-    return (torch.cuda.max_memory_allocated(device) if device.type == "cuda" else machine.peak_memory()) - before
+        found = machine.peak_of(partial(_step, CONTESTANTS[name], leaf, labels[:rows], head), device)
+    return found["peak"] - found["before"]
+
+
+def _step(loss: Callable[..., Tensor], *arguments: Tensor) -> None:
+    loss(*arguments).backward()
 
 
 if __name__ == "__main__":

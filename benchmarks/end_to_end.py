@@ -11,17 +11,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
-import tempfile
-import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from rich.console import Console
 
 from clara_fast.benchmarks import inputs, machine, report, roofline
@@ -31,11 +28,9 @@ from clara_fast.benchmarks.harness import (
     Contest,
     Options,
     Result,
-    dtype_name,
 )
-from clara_fast.benchmarks.model import LIMITS, REPETITIONS, wanted
-from clara_fast.benchmarks.ops import add_options
 from clara_fast.benchmarks.report import Report
+from clara_fast.benchmarks.setting import LIMITS, Setting, check, options_of, parser_of, prepared, wanted
 from clara_fast.benchmarks.text_or_memory import QUICK, TEXT, Scene, Size
 from clara_fast.benchmarks.timing import clock_for
 
@@ -50,20 +45,12 @@ MEMORY_METHODS = {"answer": "answer", "joint step": "joint_step"}
 WORKS = ("compress", "search", "SCP step", "joint step", "answer")
 
 
-@dataclass(frozen=True)
-class Setting:
-    """The base model's folder and what it is, and what was asked for."""
-
-    options: Options
-    base: Path
+class SceneSetting(Setting):
+    """Makes the work at any rate."""
 
     @property
     def size(self) -> Size:
         return QUICK if self.options.quick else Size()
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.options.dtype or torch.float32
 
     def scene(self, rate: int) -> Scene:
         model = inputs.load_model(
@@ -121,7 +108,7 @@ def cases(scene: Scene, rate: int, dtype: torch.dtype) -> Iterator[Case]:
     )
 
 
-def results(setting: Setting, rates: Sequence[int], only: str | None, found: Report) -> Iterator[Result]:
+def results(setting: SceneSetting, rates: Sequence[int], only: str | None, found: Report) -> Iterator[Result]:
     """Every rate's cases, then the memory of each side in a process of its own."""
     clock = clock_for(setting.options.device, shortest=0.0, capture=False)
     for rate in rates:
@@ -134,38 +121,21 @@ def results(setting: Setting, rates: Sequence[int], only: str | None, found: Rep
     for rate in rates[:1] if quick else rates:
         for name, method in MEMORY_METHODS.items():
             if wanted(only, f"peak memory {rate}x: {name}") and (name == "joint step" or not quick):
-                peaks = {side: measured_alone(setting, rate, side, method) for side in (OURS, TEXT)}
+                peaks = {
+                    side: machine.alone("end_to_end", "--alone", rate, side, method, *setting.again())
+                    for side in (OURS, TEXT)
+                }
                 result = Result("peak memory", f"{rate}x: {name}", unit="bytes")
                 result.measured = {side: float(p["peak"] - p["before"]) for side, p in peaks.items()}
                 result.notes = {"rate": rate, "above": {side: p["before"] for side, p in peaks.items()}}
                 yield result
 
 
-def measured_alone(setting: Setting, rate: int, side: str, method: str) -> dict[str, int]:
-    """Peak memory of one call, and what was in use before it, in bytes."""
-    command = [sys.executable, "-m", "clara_fast.benchmarks.end_to_end", "--alone", str(rate), side, method]
-    command += ["--base", str(setting.base), "--dtype", dtype_name(setting.dtype)]
-    command += ["--device", str(setting.options.device), "--threads", str(torch.get_num_threads())]
-    done = subprocess.run([*command, *(["--quick"] if setting.options.quick else [])], capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"{side} did not finish {method} alone:\n{done.stderr[-2000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def run_alone(setting: Setting, rate: int, side: str, method: str) -> None:
+def run_alone(setting: SceneSetting, rate: int, side: str, method: str) -> None:
     """The work once, in this process; prints its peak and what was in use before."""
-    scene, device = setting.scene(rate), setting.options.device
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        getattr(scene, method)(side)
-        peak = torch.cuda.max_memory_allocated(device)
-    else:
-        machine.return_freed_memory()
-        before = machine.reset_peak_memory()
-        getattr(scene, method)(side)
-        peak = machine.peak_memory()
-    print(json.dumps({"peak": peak, "before": before}))
+    machine.return_freed_memory()  # from now on: what making the scene leaves behind would serve the work for nothing
+    scene = setting.scene(rate)
+    print(json.dumps(machine.peak_of(partial(getattr(scene, method), side), setting.options.device)))
 
 
 def benchmark(
@@ -180,84 +150,100 @@ def benchmark(
     """Run the cases on the base model in ``base`` or a random one of so many layers; progress goes to ``console``.
 
     Raises:
-        ValueError: no case is called so, or a dtype or rate that cannot be.
+        ValueError: no case is called so, or the dtype cannot be.
     """
     names = [f"{work} {rate}x:" for work in WORKS for rate in rates]
-    names += [f"peak memory {rate}x: {work}" for work in MEMORY_METHODS for rate in rates]
-    if not any(wanted(only, name) for name in names):
-        raise ValueError(f"--only ({only}) leaves no case; there are {', '.join(names)}")
-    if options.dtype not in (None, *LIMITS):
-        raise ValueError(f"--dtype ({dtype_name(options.dtype)}) must be float32 or bfloat16 for the model")
-    # Documents that fill the compressor's length are meant to be cut.
-    warnings.filterwarnings("ignore", message=".*were cut to doc_max_length")
-    transformers.utils.logging.disable_progress_bar()
-    with tempfile.TemporaryDirectory() as folder:
-        description = str(base)
-        if base is None:
-            base = Path(folder) / "base"
-            description = inputs.write_random_base(base, layers, tiny=options.quick)
-        setting = Setting(options, base)
-        facts = {**machine.facts(options.device), "base": description, "dtype": dtype_name(setting.dtype)}
-        facts |= {"quick": options.quick, "dropout": 0, "rates": list(rates), "size": asdict(setting.size)}
-        clock = clock_for(options.device, shortest=0.0)
-        ceilings = machine.measure_ceilings(options.device, clock, quick=options.quick)
-        found = Report(f"Memories on {options.device.type}, beside full text", facts, ceilings, console)
-        for result in results(setting, rates, only, found):
+    check(options, only, [*names, *(f"peak memory {rate}x: {work}" for work in MEMORY_METHODS for rate in rates)])
+    size = QUICK if options.quick else Size()
+    facts = {"rates": list(rates)}
+    with prepared("Memories beside full text", options, base, layers, size, console, **facts) as (found, folder, _):
+        for result in results(SceneSetting(options, folder), rates, only, found):
             found.add(result)
     return found
 
 
+# The comparison as a table and as a picture
+
+
+@dataclass(frozen=True)
+class Line:
+    """One kind of result over all rates: ``scale`` is multiplied by what was measured, or by its inverse."""
+
+    title: str
+    work: str
+    case: str = ""
+    scale: float = 1.0
+    per_second: bool = False
+
+    def amount(self, result: dict[str, Any], side: str) -> float:
+        one = result["contestants"][side]
+        value = float(one.get("median", one.get("value")))
+        return result["notes"]["documents"] / value if self.per_second else value * self.scale
+
+    def results(self, document: dict[str, Any]) -> list[dict[str, Any]]:
+        """Those that were not refused, by rate."""
+        of_work = [r for r in document["results"] if r["work"] == self.work and not r["refused"]]
+        return sorted((r for r in of_work if r["case"].endswith(self.case)), key=lambda r: r["notes"]["rate"])
+
+    def row(self, document: dict[str, Any]) -> dict[str, float]:
+        """Its amounts, by ``full text`` (if that is beside it; its mean, as every rate has it beside) and rates."""
+        found = self.results(document)
+        texts = [self.amount(r, TEXT) for r in found if TEXT in r["contestants"]]
+        row = {TEXT: sum(texts) / len(texts)} if texts else {}
+        return row | {f"{r['notes']['rate']}x": self.amount(r, OURS) for r in found}
+
+
+LINES = (
+    Line("compress, documents a second", "compress", per_second=True),
+    Line("search, question encoded, ms", "search", scale=1e3),
+    Line("answer, s", "answer"),
+    Line("SCP step, s", "SCP step"),
+    Line("joint step, s", "joint step"),
+    Line("memory that an answer takes, MB", "peak memory", ": answer", 1e-6),
+    Line("memory that a joint step takes, MB", "peak memory", ": joint step", 1e-6),
+)
+PANELS = [LINES[i] for i in (2, 4, 6)]
+
+
+def markdown(document: dict[str, Any]) -> str:
+    """A row for each kind of work, a column for full text and each rate."""
+    columns = [TEXT, *(f"{rate}x" for rate in sorted(document["facts"]["rates"]))]
+    lines = ["| | " + " | ".join(columns) + " |", "|---" * (1 + len(columns)) + "|"]
+    for line in LINES:
+        if row := line.row(document):
+            cells = (f"{row[column]:.3g}" if column in row else "" for column in columns)
+            lines.append(f"| {line.title} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def draw(document: dict[str, Any], path: Path) -> None:
-    """What an answer, a training step and their memory cost, from full text and from memories: one panel each."""
+    """What an answer, a training step and its memory cost, from full text and from memories: one panel each."""
     from matplotlib.figure import Figure
 
-    panels = {
-        "answer": ("seconds for an answer", 1.0),
-        "joint step": ("seconds for a joint step", 1.0),
-        "peak memory": ("MB that a joint step takes", 1e6),
-    }
-    found = [r for r in document["results"] if r["work"] in panels and not r["refused"]]
-    found = [r for r in found if r["work"] != "peak memory" or r["case"].endswith("joint step")]
-    shown = [work for work in panels if any(r["work"] == work for r in found)]
+    shown = [(line, row) for line in PANELS if (row := line.row(document))]
     if not shown:
         raise roofline.NoPicture("no case here is beside full text")
     figure = Figure(figsize=(4.2 * len(shown), 3.2), layout="constrained")
-    for axes, work in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown, strict=True):
-        title, unit = panels[work]
-        rows = sorted((r for r in found if r["work"] == work), key=lambda r: r["notes"]["rate"])
-        texts = [amount(r, TEXT) for r in rows]
-        heights = [sum(texts) / len(texts), *(amount(r, OURS) for r in rows)]
-        labels = ["full text", *(f"{r['notes']['rate']}x" for r in rows)]
-        bars = axes.bar(labels, [h / unit for h in heights], color=["tab:gray", *["tab:blue"] * len(rows)])
+    for axes, (line, row) in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown, strict=True):
+        bars = axes.bar(list(row), list(row.values()), color=["tab:gray", *["tab:blue"] * (len(row) - 1)])
         axes.bar_label(bars, fmt="%.3g", fontsize=8)
-        axes.set_title(title, fontsize=10)
+        axes.set_title(line.title, fontsize=10)
         axes.margins(y=0.15)
     figure.savefig(path, dpi=120)
 
 
-def amount(result: dict[str, Any], name: str) -> float:
-    """A contestant's median seconds, or its bytes."""
-    one = result["contestants"][name]
-    return float(one.get("median", one.get("value")))
-
-
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    add_options(parser)
-    parser.add_argument("--only", help="cases whose name holds these words: answer, 'joint 16x', 'peak memory'")
+    parser = parser_of((__doc__ or "").splitlines()[0])
     parser.add_argument("--rates", default=",".join(map(str, RATES)), help="compression rates, with commas")
-    parser.add_argument("--base", type=Path, help="folder of a causal language model (default: a random Llama)")
-    parser.add_argument("--layers", type=int, default=6, help="of the random Llama; 30 is SmolLM2-135M's shape")
     parser.add_argument("--plot", type=Path, help="also draw the comparison here (.png or .svg)")
     parser.add_argument("--alone", nargs=3, help=argparse.SUPPRESS)
     parsed = parser.parse_args(arguments)
-    others = {"quick": parsed.quick, "repetitions": parsed.repetitions or (1 if parsed.quick else REPETITIONS)}
     console = Console(width=max(Console().width, 160), highlight=False)
     try:
-        options = Options.of(parsed.device, parsed.dtype, threads=parsed.threads, **others)
+        options = options_of(parsed)
         if parsed.alone:
             rate, side, method = parsed.alone
-            run_alone(Setting(options, parsed.base), int(rate), side, method)
+            run_alone(SceneSetting(options, parsed.base), int(rate), side, method)
             return 0
         rates = rates_of(parsed.rates, QUICK if parsed.quick else Size())
         if parsed.plot:
@@ -266,6 +252,7 @@ def main(arguments: list[str] | None = None) -> int:
     except ValueError as error:
         parser.error(str(error))
     found.show(console)
+    console.print(f"\n{markdown(found.document())}", markup=False, soft_wrap=True)
     if parsed.json:
         report.save([found], parsed.json)
     if parsed.plot:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import platform
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -129,3 +131,25 @@ def return_freed_memory() -> None:
     map_threshold = -3
     with contextlib.suppress(AttributeError, OSError):
         ctypes.CDLL(None).mallopt(map_threshold, 1 << 16)
+
+
+def peak_of(work: Callable[[], Any], device: torch.device) -> dict[str, int]:
+    """The peak while ``work`` runs, and what was in use before, in bytes: allocated on a GPU, else resident."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        work()
+        return {"peak": torch.cuda.max_memory_allocated(device), "before": before}
+    before = reset_peak_memory()
+    work()
+    return {"peak": peak_memory(), "before": before}
+
+
+def alone(module: str, *arguments: object) -> Any:
+    """What a benchmark of this package prints as JSON in its last line, in a process of its own."""
+    command = [sys.executable, "-m", f"clara_fast.benchmarks.{module}", *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command[2:])} did not finish:\n{done.stderr[-2000:]}")
+    return json.loads(done.stdout.splitlines()[-1])

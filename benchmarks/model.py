@@ -10,18 +10,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
-import tempfile
-import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -37,12 +33,11 @@ from clara_fast.benchmarks.harness import (
     Disagreement,
     Options,
     Result,
-    dtype_name,
     judge,
     require_close,
 )
-from clara_fast.benchmarks.ops import add_options
 from clara_fast.benchmarks.report import Report
+from clara_fast.benchmarks.setting import LIMITS, Setting, check, options_of, parser_of, prepared, wanted
 from clara_fast.benchmarks.timing import clock_for
 from clara_fast.modeling import roles
 from clara_fast.modeling.packing import group_prompts
@@ -51,12 +46,6 @@ from clara_fast.training.collation import ScpCollator, pack_groups
 BASELINE = "baseline"
 BARS = {"compress a corpus": 3.0, "SCP step": 2.0, "joint step": 10.0, "answer": 5.0}
 MEMORY_BAR = 2.0
-# Relative errors up to which both count as equal. Gradients pass the softmax at temperature 0.02, which enlarges
-# rounding; bfloat16 rounds in different places on the two sides.
-LIMITS = {
-    torch.float32: {"memory": 1e-4, "loss": 1e-5, "gradient": 2e-3},
-    torch.bfloat16: {"memory": 5e-2, "loss": 2e-2, "gradient": 3e-1},
-}
 
 
 @dataclass(frozen=True)
@@ -74,7 +63,6 @@ class Size:
     batch: int = 8
 
 
-REPETITIONS = 3
 QUICK = Size(documents=6, full_documents=2, questions=3, candidates=6, top_k=2, new_tokens=8, batch=4)
 
 
@@ -284,12 +272,13 @@ def check_answer(task: Task, ours: Ours, theirs: Theirs, dtype: torch.dtype) -> 
 MEMORY_TASKS = {"compress a corpus": "compress", "SCP step": "scp_step", "joint step": "joint_step", "answer": "answer"}
 
 
-def memory_result(setting: Setting, name: str) -> Result:
+def memory_result(setting: ModelSetting, name: str) -> Result:
     """What the task itself takes on both sides: its peak less what is there before, weights and libraries.
 
     Peak and what was there are noted too: on a CPU of the resident set, on a GPU of the allocated memory.
     """
-    peaks = {side: _measured_alone(setting, side, MEMORY_TASKS[name]) for side in (OURS, BASELINE)}
+    arguments = [*setting.again(), "--memory-file", setting.memory_file]
+    peaks = {side: machine.alone("model", "--alone", side, MEMORY_TASKS[name], *arguments) for side in (OURS, BASELINE)}
     result = Result("peak memory", name, unit="bytes")
     result.measured = {side: float(p["peak"] - p["before"]) for side, p in peaks.items()}
     result.notes["before"] = {side: p["before"] for side, p in peaks.items()}
@@ -301,18 +290,7 @@ def memory_result(setting: Setting, name: str) -> Result:
     return result
 
 
-def _measured_alone(setting: Setting, side: str, method: str) -> dict[str, int]:
-    command = [sys.executable, "-m", "clara_fast.benchmarks.model", "--alone", side, method]
-    command += ["--base", str(setting.base), "--memory-file", str(setting.memory_file)]
-    command += ["--dtype", dtype_name(setting.dtype), "--device", str(setting.options.device)]
-    command += ["--threads", str(torch.get_num_threads()), *(["--quick"] if setting.options.quick else [])]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"{side} did not finish {method} alone:\n{done.stderr[-2000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def run_alone(setting: Setting, side: str, method: str) -> None:
+def run_alone(setting: ModelSetting, side: str, method: str) -> None:
     """The task once, in this process, after one document; prints its peak and what was there before."""
     model = setting.load_model()
     work = Work(setting.size, load_file(setting.memory_file)["memory"].to(model.device))
@@ -321,38 +299,21 @@ def run_alone(setting: Setting, side: str, method: str) -> None:
     # What libraries load in their first call is not the work's.
     first = work.documents[:1]
     _ = one.model.compress(first) if isinstance(one, Ours) else one.model.compress(first, batch=1)
-    device = setting.options.device
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        getattr(one, method)()
-        peak = torch.cuda.max_memory_allocated(device)
-    else:
-        before = machine.reset_peak_memory()
-        getattr(one, method)()
-        peak = machine.peak_memory()
-    print(json.dumps({"peak": peak, "before": before}))
+    print(json.dumps(machine.peak_of(getattr(one, method), setting.options.device)))
 
 
 # The run
 
 
 @dataclass(frozen=True)
-class Setting:
-    """The base model's folder and what it is, the file with the candidates' memories, and what was asked for."""
+class ModelSetting(Setting):
+    """With the file of the candidates' memories."""
 
-    options: Options
-    base: Path
-    description: str
     memory_file: Path
 
     @property
     def size(self) -> Size:
         return QUICK if self.options.quick else Size()
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.options.dtype or torch.float32
 
     def load_model(self) -> Clara:
         return inputs.load_model(
@@ -360,7 +321,7 @@ class Setting:
         )
 
 
-def results(setting: Setting, only: str | None, found: Report) -> Iterator[Result]:
+def results(setting: ModelSetting, only: str | None, found: Report) -> Iterator[Result]:
     """Every task on both sides, once to compare the results and then for the clock; then the memory of each."""
     model = setting.load_model()
     memory = model.compress(inputs.documents(setting.size.candidates))
@@ -377,58 +338,32 @@ def results(setting: Setting, only: str | None, found: Report) -> Iterator[Resul
             yield memory_result(setting, name)
 
 
-def wanted(only: str | None, name: str) -> bool:
-    return all(word in name.lower() for word in (only or "").lower().split())
-
-
 def benchmark(
     options: Options, only: str | None, console: Console, *, base: Path | None = None, layers: int = 6
 ) -> Report:
     """Run the tasks on the base model in ``base`` or a random one of so many layers; progress goes to ``console``.
 
     Raises:
-        ValueError: no task is called so, or the dtype is not one that both sides compute in.
+        ValueError: no task is called so, or the dtype cannot be.
     """
-    names = [*(name for name in BARS), "compress full documents", *(f"peak memory: {name}" for name in MEMORY_TASKS)]
-    if not any(wanted(only, name) for name in names):
-        raise ValueError(f"--only ({only}) leaves no case; there are {', '.join(names)}")
-    if options.dtype not in (None, *LIMITS):
-        raise ValueError(f"--dtype ({dtype_name(options.dtype)}) must be float32 or bfloat16 for the model")
-    # Documents that fill the compressor's length are meant to be cut.
-    warnings.filterwarnings("ignore", message=".*were cut to doc_max_length")
-    transformers.utils.logging.disable_progress_bar()
-    with tempfile.TemporaryDirectory() as folder:
-        description = str(base)
-        if base is None:
-            base = Path(folder) / "base"
-            description = inputs.write_random_base(base, layers, tiny=options.quick)
-        setting = Setting(options, base, description, Path(folder) / "memory.safetensors")
-        facts = {**machine.facts(options.device), "base": description, "dtype": dtype_name(setting.dtype)}
-        facts |= {"quick": options.quick, "dropout": 0, "size": asdict(setting.size)}
-        ceilings = machine.measure_ceilings(
-            options.device, clock_for(options.device, shortest=0.0), quick=options.quick
-        )
-        found = Report(f"The model on {options.device.type}, beside the baseline", facts, ceilings, console)
-        for result in results(setting, only, found):
+    check(options, only, [*BARS, "compress full documents", *(f"peak memory: {name}" for name in MEMORY_TASKS)])
+    size = QUICK if options.quick else Size()
+    with prepared("The model beside the baseline", options, base, layers, size, console) as (found, folder, scratch):
+        for result in results(ModelSetting(options, folder, scratch / "memory.safetensors"), only, found):
             found.add(result)
     return found
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    add_options(parser)
-    parser.add_argument("--only", help="tasks whose name holds these words: compress, 'peak memory'")
-    parser.add_argument("--base", type=Path, help="folder of a causal language model (default: a random Llama)")
-    parser.add_argument("--layers", type=int, default=6, help="of the random Llama; 30 is SmolLM2-135M's shape")
+    parser = parser_of((__doc__ or "").splitlines()[0])
     parser.add_argument("--memory-file", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--alone", nargs=2, help=argparse.SUPPRESS)
     parsed = parser.parse_args(arguments)
-    others = {"quick": parsed.quick, "repetitions": parsed.repetitions or (1 if parsed.quick else REPETITIONS)}
     console = Console(width=max(Console().width, 160), highlight=False)
     try:
-        options = Options.of(parsed.device, parsed.dtype, threads=parsed.threads, **others)
+        options = options_of(parsed)
         if parsed.alone:
-            run_alone(Setting(options, parsed.base, "", parsed.memory_file), *parsed.alone)
+            run_alone(ModelSetting(options, parsed.base, parsed.memory_file), *parsed.alone)
             return 0
         found = benchmark(options, parsed.only, console, base=parsed.base, layers=parsed.layers)
     except ValueError as error:

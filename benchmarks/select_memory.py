@@ -160,17 +160,9 @@ class MemoryCase:
 
 
 def _peak(step: Callable[[], Any], device: torch.device) -> int:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        outputs = step()
-        peak = torch.cuda.max_memory_allocated(device)
-    else:
-        before = machine.reset_peak_memory()
-        outputs = step()
-        peak = machine.peak_memory()
-    return peak - before - sum(out.numel() * out.element_size() for out in outputs)
+    outputs: list[Any] = []
+    found = machine.peak_of(lambda: outputs.extend(step()), device)
+    return found["peak"] - found["before"] - sum(out.numel() * out.element_size() for out in outputs)
 
 
 def _measure_alone(name: str, threads: str) -> None:

@@ -144,13 +144,20 @@ def test_model(tmp_path):
 def test_memories_beside_full_text(tmp_path):
     picture = tmp_path / "end_to_end.png"
     pytest.importorskip("matplotlib")
-    results = check_document(run(end_to_end, tmp_path, "--rates", "16", "--plot", str(picture)))
+    document = run(end_to_end, tmp_path, "--rates", "16", "--plot", str(picture))
+    results = check_document(document)
     by_work = {one["work"]: one for one in results.values()}
     assert list(by_work) == [*end_to_end.WORKS, "peak memory"]
     for work in ("SCP step", "joint step", "answer", "peak memory"):
         assert by_work[work]["contestants"].keys() == {OURS, end_to_end.TEXT}
     tokens = by_work["answer"]["notes"]["prompt_tokens"]
     assert tokens[OURS] < tokens[end_to_end.TEXT]
+    table = dict(line.strip("| ").split(" | ", 1) for line in end_to_end.markdown(document).splitlines()[2:])
+    assert list(table) == [line.title for line in end_to_end.LINES if line.case != ": answer"]  # not measured if quick
+    step = by_work["joint step"]["contestants"]
+    assert table["joint step, s"] == " | ".join(f"{step[side]['median']:.3g}" for side in (end_to_end.TEXT, OURS))
+    rate = 3 / by_work["compress"]["contestants"][OURS]["median"]
+    assert table["compress, documents a second"].strip(" |") == f"{rate:.3g}"
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 

@@ -89,13 +89,13 @@ def _measure(
 ) -> list[Report]:
     import torch
 
-    from clara_fast.benchmarks import model, ops
+    from clara_fast.benchmarks import model, ops, setting
     from clara_fast.benchmarks.harness import Options
 
     place = device or ("cuda" if torch.cuda.is_available() else "cpu")
     found: list[Any] = []
     if what in ("model", "all"):
-        repetitions = 1 if quick else model.REPETITIONS
+        repetitions = 1 if quick else setting.REPETITIONS
         options = Options.of(place, dtype, threads=threads, quick=quick, repetitions=repetitions)
         found.append(model.benchmark(options, only, stderr))
     if what in ("ops", "all"):

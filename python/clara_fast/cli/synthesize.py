@@ -6,12 +6,15 @@ import json as json_module
 import os
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from clara_fast.cli.models import JsonOption
 from clara_fast.cli.output import item_progress, note, print_json
+
+if TYPE_CHECKING:
+    from clara_fast.synthesis import Places
 
 _DEFAULT_KEY = "OPENAI_API_KEY"
 
@@ -150,7 +153,7 @@ def synthesize(
     if json:
         print_json({"out": str(out), **report})
     else:
-        _print(out, report)
+        _print(run.places, report)
     if report["unfinished"]:
         for line in report["this_run"]["unfinished"][:3]:
             note(line)
@@ -158,10 +161,12 @@ def synthesize(
         raise typer.Exit(1)
 
 
-def _print(out: Path, report: dict[str, Any]) -> None:
+def _print(places: Places, report: dict[str, Any]) -> None:
     kinds = ", ".join(f"{count} {kind}" for kind, count in report["accepted"].items()) or "nothing"
     rejected = sum(sum(reasons.values()) for reasons in report["rejected"].values())
-    print(f"{out}: accepted {kinds}; {rejected} rejected; {report['duplicates']} duplicates left out")
+    print(f"{places.out}: accepted {kinds}; {rejected} rejected; {report['duplicates']} duplicates left out")
+    if not report["accepted"] and rejected:
+        print(f"why: {places.rejected}")
     tokens = f"{report['prompt_tokens']} tokens sent, {report['completion_tokens']} received"
     cost = f", cost {report['cost']:.2f}" if report["cost"] else ""
     print(f"{report['finished']} of {report['items']} items in {report['requests']} requests; {tokens}{cost}")

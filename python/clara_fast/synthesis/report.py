@@ -139,7 +139,7 @@ def plot(report: dict[str, Any], path: Path) -> None:
         for label, value in bars.items():
             axis.text(value, label, f" {value:.3g}", va="center")
         axis.spines[["top", "right"]].set_visible(False)
-        axis.margins(x=0.15)
+        axis.set_xlim(0, 1.15 * max(bars.values(), default=0) or 1)
     figure.suptitle(f"{report['task']}: {report['finished']} of {report['items']} items", x=0.01, ha="left")
     figure.savefig(path, dpi=120)
 

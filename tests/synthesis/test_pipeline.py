@@ -28,7 +28,7 @@ from clara_fast.synthesis import (
     question_of,
 )
 from clara_fast.synthesis.pace import Pace
-from tests.synthesis.server import PASSING, UNUSABLE, ModelServer, passage, write_passages
+from tests.synthesis.server import PASSING, UNUSABLE, ModelServer, name_of, passage, write_passages
 
 
 @pytest.fixture
@@ -178,6 +178,22 @@ def test_concurrency_is_kept_and_changes_nothing(run, server, tmp_path):
     run(3, "five", concurrency=5)
     assert 1 < server.most_under_way <= 5
     assert content(tmp_path, "one") == content(tmp_path, "five")
+
+
+def test_an_example_that_is_repeated_is_no_answer(run, server, tmp_path):
+    """A judge that copies the prompt's example would accept everything."""
+    copies = {
+        "complex": '{"questions": [{"facts": ["first fact", "second fact"], "question": "The question?"}]}',
+        "judge_simple": '{"reason": "In one short sentence.", "accept": true}',
+        "paraphrase": '{"paraphrase": "the new text"}',
+    }
+    server.fail = lambda body, before: copies.get(name_of(body).removesuffix("_again"))
+    report = run(1)
+    assert report["accepted"] == {}
+    assert rows(tmp_path / "scp.jsonl") == []
+    rejected = rows(tmp_path / "scp.rejected.jsonl")
+    assert {row["step"] for row in rejected} >= {"simple", "complex", "paraphrase"}
+    assert {row["reason"] for row in rejected} == {"no usable answer in 3 attempts: repeats the prompt's example"}
 
 
 def test_schemas_are_given_up_once(run, server, tmp_path):

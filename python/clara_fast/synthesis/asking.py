@@ -64,6 +64,8 @@ class Asker:
             try:
                 if reply.truncated and not parts:
                     raise UnusableAnswer("cut off at max_tokens")
+                if self._prompts[name].echoed(reply.content):
+                    raise UnusableAnswer("repeats the prompt's example")
                 return read(reply.content)
             except UnusableAnswer as error:
                 reason = str(error)

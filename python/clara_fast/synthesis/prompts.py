@@ -9,12 +9,15 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import string
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
+
+from clara_fast.synthesis.parsing import normalized
 
 # What can be put into each prompt; the first must be there.
 PLACEHOLDERS = {
@@ -77,6 +80,20 @@ class Prompt:
             for role, text in texts.items()
             if text is not None
         ]
+
+    def echoed(self, content: str) -> bool:
+        """Whether an answer holds a text of the example that the prompt shows (its lines that begin with a brace).
+
+        Small models copy it, and a judge's copy may say ``"accept": true``.
+        """
+        example = "\n".join(line for line in self.user.splitlines() if line.lstrip().startswith("{"))
+        return bool(_quoted(example) & _quoted(content))
+
+
+def _quoted(text: str) -> set[str]:
+    """Strings that are no keys, of JSON whole or broken."""
+    found = re.findall(r'"((?:[^"\\]|\\.)*)"(\s*:)?', text)
+    return {normalized(string) for string, colon in found if not colon} - {""}
 
 
 class Prompts:

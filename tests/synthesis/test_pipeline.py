@@ -187,8 +187,8 @@ def test_an_example_that_is_repeated_is_no_answer(run, server, tmp_path):
         "judge_simple": '{"reason": "In one short sentence.", "accept": true}',
         "paraphrase": '{"paraphrase": "the new text"}',
     }
-    server.fail = lambda body, before: copies.get(name_of(body).removesuffix("_again"))
-    report = run(1)
+    server.fail = lambda body, before: copies.get(name_of(body))
+    report = run(1, task=ScpTask(rounds=1))
     assert report["accepted"] == {}
     assert rows(tmp_path / "scp.jsonl") == []
     rejected = rows(tmp_path / "scp.rejected.jsonl")

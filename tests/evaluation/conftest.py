@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import os
 
 import pytest
 import torch
@@ -10,7 +9,6 @@ from clara_fast import Clara
 from clara_fast.modeling import roles
 from tests.modeling.tiny import DOCUMENTS, make_base
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
 LORA = {"r": 4, "alpha": 8, "dropout": 0.1}
 
 

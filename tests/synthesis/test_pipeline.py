@@ -173,9 +173,9 @@ def test_never_more_than_ten_rounds(run, server, tmp_path):
 
 def test_concurrency_is_kept_and_changes_nothing(run, server, tmp_path):
     server.delay = 0.03
-    run(3, "one", concurrency=1)
+    run(2, "one", concurrency=1)
     assert server.most_under_way == 1
-    run(3, "five", concurrency=5)
+    run(2, "five", concurrency=5)
     assert 1 < server.most_under_way <= 5
     assert content(tmp_path, "one") == content(tmp_path, "five")
 

@@ -64,7 +64,8 @@ def main(
     command = ["eval", *files, *model, *options, "--out", out]
     line = [str(part) for part in command]
     print(f"clara-fast {shlex.join(line)}", file=sys.stderr)
-    subprocess.run([sys.executable, "-m", "clara_fast", *line], check=True, stdout=sys.stderr)
+    if code := subprocess.run([sys.executable, "-m", "clara_fast", *line], stdout=sys.stderr).returncode:
+        raise typer.Exit(code)
     document = json.loads((out / "results.json").read_text())
     print(table(document))
     if check:

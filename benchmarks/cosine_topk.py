@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from clara_fast import ops
+from clara_fast.benchmarks import machine
 from clara_fast.benchmarks.harness import (
     OURS,
     Bar,
@@ -163,7 +164,8 @@ def contest(options: Options, count: int, width: int, dtype: torch.dtype, batch:
         dtype="float32" if dtype == torch.float32 else "bfloat16",
     )
     outside = (*FAISS_ROUNDED, OURS_BFLOAT16)
-    return Contest(calls, check, floor, bars(options, width, dtype, batch), outside, absent)
+    reading = machine.passes_of_reading(floor.read, options.device) if batch == 1 else {}
+    return Contest(calls, check, floor, bars(options, width, dtype, batch), outside, absent, reading=reading)
 
 
 def search(queries: Tensor, keys: Tensor, scales: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -143,6 +143,8 @@ class Contest:
     or :class:`Unavailable`.
     ``outside`` are contestants that compute something less than the others (rounded keys, for instance): they
     are shown, but are nobody's best peer. ``absent`` are those that are not here, and why.
+    ``reading`` are passes over as many bytes as the floor reads, timed in turn with the others. The fastest is the
+    ceiling then: on a machine that is shared, the bandwidth of a minute ago may be half or twice that of now.
     """
 
     calls: Mapping[str, Call]
@@ -152,6 +154,7 @@ class Contest:
     outside: tuple[str, ...] = ()
     absent: dict[str, str] = field(default_factory=dict)
     notes: dict[str, Any] = field(default_factory=dict)
+    reading: Mapping[str, Call] = field(default_factory=dict)
 
 
 @dataclass
@@ -196,14 +199,19 @@ class Case:
 
     def run(self, options: Options, clock: Clock, ceilings: Ceilings) -> Result:
         contest = self.contest()
-        result = Result(self.work, self.name, floor=contest.floor, outside=contest.outside, notes=contest.notes)
+        outside = (*contest.outside, *contest.reading)
+        result = Result(self.work, self.name, floor=contest.floor, outside=outside, notes=contest.notes)
         result.absent.update(contest.absent)
         if check_all(contest, result):
             calls = {name: call for name, call in contest.calls.items() if name in result.errors}
+            calls |= contest.reading
             result.measured, result.clocks = interleaved(
                 calls, clock, repetitions=options.repetitions, budget=options.budget
             )
             if contest.floor is not None:
+                if contest.reading:
+                    read = contest.floor.read / min(result.value(name) for name in contest.reading)
+                    ceilings = replace(ceilings, read=read)
                 seconds, result.limit = contest.floor.seconds(ceilings)
                 result.of_ceiling = seconds / result.value(OURS)
         result.verdicts = [judge(bar, result, quick=options.quick) for bar in contest.bars]

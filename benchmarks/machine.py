@@ -60,6 +60,12 @@ def measure_ceilings(device: torch.device, clock: Clock, *, quick: bool = False)
     return Ceilings(4 * numbers / read, 8 * numbers / copied, matmul)
 
 
+def passes_of_reading(size: int, device: torch.device) -> dict[str, Callable[[], Any]]:
+    """Passes over ``size`` bytes, as the read ceiling is measured, for a contest to time beside what it is about."""
+    source = torch.ones(max(1, size // 4), device=device)
+    return {"one pass of reading (sum)": source.sum, "one pass of reading (amax)": source.amax}
+
+
 def facts(device: torch.device) -> dict[str, Any]:
     """What the numbers depend on."""
     found: dict[str, Any] = {"device": str(device), "cpu": cpu_name(), "cores": os.cpu_count()}

@@ -162,7 +162,9 @@ def search_contest(stored: Stored, batch: int) -> Contest:
     read = size.documents * (size.columns * width + (4 * size.num_memory if width == 1 else 0))
     floor = Floor(read, flops=2 * batch * size.documents * size.columns, dtype="bfloat16")
     bars = [Bar("80 % of the read bandwidth", "share", SHARE_BAR)] if batch == 1 else []
-    return Contest(calls, check, floor=floor, bars=bars, outside=(KEEPING_NOTHING, KEEPING_ALL, BARE))
+    reading = machine.passes_of_reading(read, torch.device("cpu")) if bars else {}
+    outside = (KEEPING_NOTHING, KEEPING_ALL, BARE)
+    return Contest(calls, check, floor=floor, bars=bars, outside=outside, reading=reading)
 
 
 def open_contest(stored: Stored) -> Contest:

@@ -292,6 +292,7 @@ def memory_result(setting: ModelSetting, name: str) -> Result:
 
 def run_alone(setting: ModelSetting, side: str, method: str) -> None:
     """The task once, in this process, after one document; prints its peak and what was there before."""
+    machine.return_freed_memory()  # from now on: what loading leaves behind would serve the work for nothing
     model = setting.load_model()
     work = Work(setting.size, load_file(setting.memory_file)["memory"].to(model.device))
     one = Ours(model, work) if side == OURS else Theirs(model, work)
@@ -299,7 +300,6 @@ def run_alone(setting: ModelSetting, side: str, method: str) -> None:
     # What libraries load in their first call is not the work's.
     first = work.documents[:1]
     _ = one.model.compress(first) if isinstance(one, Ours) else one.model.compress(first, batch=1)
-    machine.return_freed_memory()  # what loading leaves behind would serve the work for nothing
     print(json.dumps(machine.peak_of(getattr(one, method), setting.options.device)))
 
 

@@ -36,6 +36,9 @@ def few_rows_linear(
 
     Returns:
         ``[..., out]`` in the dtype of ``x``, or None.
+
+    Raises:
+        RuntimeError: shapes that do not fit each other, or ``down`` without ``up``.
     """
     columns = x.shape[-1]
     if not x.is_cpu or not 0 < x.numel() <= MOST_ROWS * columns or not is_plain_inference(x) or autocasts(x):

@@ -220,6 +220,19 @@ def test_cosine_topk_takes_queries_in_low_precision(dtype):
     assert torch.equal(indices, again[1])
 
 
+@pytest.mark.parametrize("batch", [1, 9], ids=["streams", "tiles"])
+@pytest.mark.parametrize("k", [7, 1024, 1025, 5003])
+@needs_kernels
+def test_cosine_topk_finds_the_lowest_of_equal_keys_wherever_threads_and_streams_meet(batch, k):
+    # Long enough that threads take several pieces each, which they do up to a k of 1024.
+    keys = torch.ones(5003, 1, dtype=torch.bfloat16).expand(-1, 96).contiguous()
+    queries = torch.ones(batch, 96, dtype=torch.bfloat16)
+    for _ in range(3):
+        scores, indices = kernels.cosine_topk(queries, keys, k, None)
+        assert torch.equal(indices, torch.arange(k).expand(batch, -1))
+        assert torch.equal(scores, scores[:1, :1].expand(batch, k))
+
+
 @needs_kernels
 @pytest.mark.parametrize("dtype", KEY_TYPES)
 @pytest.mark.parametrize("batch", [1, 6])

@@ -3,13 +3,12 @@
 #include <vector>
 
 #include "ops.h"
-#include "search_kernels.h"
+#include "streams.h"
 #include "tensors.h"
 
 namespace clara_fast::cpu {
 namespace {
 
-constexpr int64_t kBlock = 48;              // outputs that a thread computes at a time
 constexpr int64_t kWorthAThread = 1 << 16;  // elements of the weight
 
 // Rows in float32, padded with zeros to what Stream reads.
@@ -32,25 +31,29 @@ struct Matrix {
       : storage(storage_of(tensor, name)), columns(tensor.size(1)), rows(tensor, storage, columns) {}
 };
 
-// sums[j][row] += the product of row j of the matrix, from `first` on, with each input.
-void add_products(const Matrix& matrix, int64_t first, int64_t count, const Inputs& inputs,
-                  float (*sums)[kLanes]) {
+// Products by [row][place]: see StreamedKeys.
+using Products = float[kStreamRows][kStreamBlock];
+
+// products += those of each input with the rows of the matrix that streams have from `at` on.
+void add_products(const Matrix& matrix, const Streams& streams, int64_t at, const Inputs& inputs,
+                  Products& products) {
   const Stream stream =
       search_kernels().stream[static_cast<int>(Format::kFloats)][static_cast<int>(matrix.storage)];
-  float parts[kBlock][kLanes];
-  float squares[kBlock];  // what else Stream computes
+  Products parts;
+  float squares[kStreamBlock];  // what else Stream computes
   for (int64_t begin = 0; begin < matrix.columns; begin += kStreamSpan) {
     const void* rows[kStreamRows];
     void* outs[kStreamRows];
     for (int64_t r = 0; r < inputs.count; ++r) {
       rows[r] = inputs[r] + begin;
-      outs[r] = &parts[0][r];
+      outs[r] = parts[r];
     }
-    const char* keys = static_cast<const char*>(matrix.rows[first]) + begin * element_size(matrix.storage);
-    stream(keys, matrix.rows.stride, count, std::min(kStreamSpan, matrix.columns - begin), rows, inputs.count,
-           outs, {squares, nullptr});
-    for (int64_t j = 0; j < count; ++j) {
-      for (int64_t r = 0; r < inputs.count; ++r) sums[j][r] += parts[j][r];
+    StreamedKeys keys = streams.keys(matrix.rows, at, kStreamKeys);
+    keys.first = static_cast<const char*>(keys.first) + begin * element_size(matrix.storage);
+    stream(keys, std::min(kStreamSpan, matrix.columns - begin), rows, inputs.count, outs, {squares, nullptr});
+    for (int64_t r = 0; r < inputs.count; ++r) {
+      for (int64_t place = 0; place < keys.counts[0] * kStreams; ++place)
+        products[r][place] += parts[r][place];
     }
   }
 }
@@ -86,29 +89,38 @@ Tensor few_rows_linear(Tensor x, Tensor weight, std::optional<Tensor> bias, std:
     adapter.emplace(*up, "up");
     hidden = Inputs(count, rank);
     const Matrix first(*down, "down");
-    for (int64_t begin = 0; begin < rank; begin += kBlock) {
-      const int64_t block = std::min(kBlock, rank - begin);
-      float sums[kBlock][kLanes] = {};
-      add_products(first, begin, block, inputs, sums);
-      for (int64_t r = 0; r < count; ++r) {
-        for (int64_t j = 0; j < block; ++j) hidden[r][begin + j] = static_cast<float>(scaling) * sums[j][r];
+    const Streams streams(0, rank);
+    for (int64_t at = 0; at < streams.length(); at += kStreamKeys) {
+      Products products = {};
+      add_products(first, streams, at, inputs, products);
+      for (int64_t s = 0; s < kStreams; ++s) {
+        for (int64_t j = 0; j < streams.count(s, at, kStreamKeys); ++j) {
+          for (int64_t r = 0; r < count; ++r) {
+            hidden[r][streams.row(s, at) + j] = static_cast<float>(scaling) * products[r][j * kStreams + s];
+          }
+        }
       }
     }
   }
 
   Tensor out = torch::stable::new_empty(x, {count, outputs});
   const MutableRows results(out, storage, outputs);
-  const int64_t share = std::max<int64_t>(1, kWorthAThread / std::max<int64_t>(1, columns * kBlock));
-  torch::stable::parallel_for(0, ceil_div(outputs, kBlock), share, [&](int64_t begin, int64_t end) {
-    for (int64_t first = begin * kBlock; first < std::min(outputs, end * kBlock); first += kBlock) {
-      const int64_t block = std::min(kBlock, outputs - first);
-      float sums[kBlock][kLanes] = {};
-      add_products(matrix, first, block, inputs, sums);
-      if (adapter.has_value()) add_products(*adapter, first, block, hidden, sums);
-      for (int64_t r = 0; r < count; ++r) {
-        float row[kBlock];
-        for (int64_t j = 0; j < block; ++j) row[j] = sums[j][r] + shift[first + j];
-        kernels()[storage].narrow(row, block, static_cast<char*>(results[r]) + first * element_size(storage));
+  const int64_t blocks = ceil_div(outputs, kStreamBlock);
+  const int64_t share = std::max<int64_t>(1, kWorthAThread / std::max<int64_t>(1, columns * kStreamBlock));
+  torch::stable::parallel_for(0, blocks, share, [&](int64_t begin, int64_t end) {
+    const Streams streams(begin * kStreamBlock, std::min(outputs, end * kStreamBlock));
+    for (int64_t at = 0; at < streams.length(); at += kStreamKeys) {
+      Products products = {};
+      add_products(matrix, streams, at, inputs, products);
+      if (adapter.has_value()) add_products(*adapter, streams, at, hidden, products);
+      for (int64_t s = 0; s < kStreams; ++s) {
+        const int64_t first = streams.row(s, at), some = streams.count(s, at, kStreamKeys);
+        for (int64_t r = 0; r < count; ++r) {
+          float row[kStreamKeys];
+          for (int64_t j = 0; j < some; ++j) row[j] = products[r][j * kStreams + s] + shift[first + j];
+          kernels()[storage].narrow(row, some,
+                                    static_cast<char*>(results[r]) + first * element_size(storage));
+        }
       }
     }
   });

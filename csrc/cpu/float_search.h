@@ -11,10 +11,11 @@ namespace {
 struct FloatSums {
   using Vector = Vec;
   using Sum = float;
+  static constexpr int kSums = kTileSums;
   static Vec zero() { return zeros(); }
   static Vec add(Vec a, Vec b) { return a + b; }
-  static void sums(const Vec v[kGroupKeys], float* out) {
-    for (int64_t t = 0; t < kGroupKeys; ++t) out[t] = 0.0f;
+  static void sums(const Vec v[kStreams], float* out) {
+    for (int64_t t = 0; t < kStreams; ++t) out[t] = 0.0f;
     add_sums(out, v);
   }
 };
@@ -33,24 +34,19 @@ struct FloatStream : FloatSums {
     return multiply_add(key, clara_fast::cpu::load(reinterpret_cast<const float*>(row)), sum);
   }
   static Vec norm(Constant<0>, Vec key, Vec sum) { return multiply_add(key, key, sum); }
-  static void store_norms(const Vec (*norms)[kGroupKeys], int64_t used, KeySums out) {
-    float four[kGroupKeys];
-    sums(norms[0], four);
-    for (int64_t t = 0; t < used; ++t) out.squares[t] = four[t];
-  }
+  static void store_norms(const Vec (*norms)[kStreams], KeySums out) { sums(norms[0], out.squares); }
 };
 
 template <class T>
-void stream_floats(const void* keys, int64_t stride, int64_t count, int64_t n, const void* const* rows,
-                   int64_t num_rows, void* const* outs, KeySums sums) {
-  const char* key = static_cast<const char*>(keys);
+void stream_floats(const StreamedKeys& keys, int64_t n, const void* const* rows, int64_t num_rows,
+                   void* const* outs, KeySums sums) {
   for (int64_t r = 0; r < num_rows; r += kWideRows) {
     const int64_t left = num_rows - r < kWideRows ? num_rows - r : kWideRows;
     const auto some = left == 1   ? &stream_rows<FloatStream<T>, 1>
                       : left == 2 ? &stream_rows<FloatStream<T>, 2>
                       : left <= 4 ? &stream_rows<FloatStream<T>, 4>
                                   : &stream_rows<FloatStream<T>, kWideRows>;
-    some(key, stride, count, n, rows + r, left, outs + r, sums);
+    some(keys, n, rows + r, left, outs + r, sums);
   }
 }
 
@@ -93,12 +89,11 @@ void add_spans(const float* parts, int64_t num_keys, double* totals, float* dots
 }
 
 bool inverse_lengths(const float* squares, int64_t n, float smallest, float largest, float* factors) {
-  bool plain = true;
-  for (int64_t j = 0; j < n; ++j) {
-    plain &= squares[j] >= smallest && squares[j] <= largest;
-    factors[j] = 1.0f / __builtin_sqrtf(squares[j]);
-  }
-  return plain;
+  // Two loops, and an integer for the answer, so that compilers make vectors of them.
+  int32_t odd = 0;
+  for (int64_t j = 0; j < n; ++j) odd |= !(squares[j] >= smallest) | !(squares[j] <= largest);
+  for (int64_t j = 0; j < n; ++j) factors[j] = 1.0f / __builtin_sqrtf(squares[j]);
+  return odd == 0;
 }
 
 int64_t pick(const float* dots, int64_t num_keys, const float* key_factors, const float* lane_factors,
@@ -132,6 +127,30 @@ int64_t pick(const float* dots, int64_t num_keys, const float* key_factors, cons
   return found;
 }
 
+int64_t pick_streamed(const float* dots, const float* key_factors, float factor, const float* thresholds,
+                      Hit* hits) {
+  constexpr int kParts = kLanes / kWidth;
+  static_assert(kStreamBlock % kLanes == 0 && kLanes % kStreams == 0);
+  float repeated[kLanes];
+  for (int64_t i = 0; i < kLanes; ++i) repeated[i] = thresholds[i % kStreams];
+  int64_t found = 0;
+  for (int64_t first = 0; first < kStreamBlock; first += kLanes) {
+    float scores[kLanes];
+    uint32_t mask = 0;
+    for (int v = 0; v < kParts; ++v) {
+      const int64_t place = first + v * kWidth;
+      const Vec score = load(dots + place) * load(key_factors + place) * broadcast(factor);
+      store(scores + v * kWidth, score);
+      mask |= not_at_most(score, load(repeated + v * kWidth)) << (v * kWidth);
+    }
+    for (; mask != 0; mask &= mask - 1) {
+      const int32_t i = __builtin_ctz(mask);
+      hits[found++] = {static_cast<int32_t>(first) + i, 0, scores[i]};
+    }
+  }
+  return found;
+}
+
 template <class T>
 constexpr void add_storage(SearchKernels& search, Storage storage) {
   const int at = static_cast<int>(storage);
@@ -151,6 +170,7 @@ constexpr SearchKernels make_search_kernels() {
   search.add_spans = &add_spans;
   search.inverse_lengths = &inverse_lengths;
   search.pick = &pick;
+  search.pick_streamed = &pick_streamed;
   return search;
 }
 

@@ -13,6 +13,8 @@
 namespace clara_fast::cpu {
 namespace {
 
+constexpr int kMostSums = 24;  // vectors of sums that stay in registers
+
 using Pairs = __m512bh;
 
 inline Pairs as_pairs(__m512i bits) { return reinterpret_cast<Pairs>(bits); }
@@ -71,15 +73,15 @@ inline __m512i multiply_bytes(__m512i sum, __m512i with_unsigned, __m512i with_s
 inline __m512i load(const char* p) { return _mm512_loadu_si512(p); }
 
 // out[t] = the sum of v[t]
-inline void sums_of(const __m512 v[kGroupKeys], float* out) {
-  __m256 half[kGroupKeys];
-  for (int t = 0; t < kGroupKeys; ++t) {
+inline void sums_of(const __m512 v[kStreams], float* out) {
+  __m256 half[kStreams];
+  for (int t = 0; t < kStreams; ++t) {
     half[t] = _mm256_add_ps(_mm512_castps512_ps256(v[t]), _mm512_extractf32x8_ps(v[t], 1));
   }
   const __m256 all = _mm256_hadd_ps(_mm256_hadd_ps(half[0], half[1]), _mm256_hadd_ps(half[2], half[3]));
   _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps(all, 1)));
 }
-inline void sums_of(const __m512i v[kGroupKeys], int32_t* out) {
+inline void sums_of(const __m512i v[kStreams], int32_t* out) {
   const auto pairs = [](__m512i a, __m512i b) {
     return _mm512_add_epi32(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
   };
@@ -94,15 +96,12 @@ inline void sums_of(const __m512i v[kGroupKeys], int32_t* out) {
 struct FloatSums {
   using Vector = __m512;
   using Sum = float;
+  static constexpr int kSums = kMostSums;
   static constexpr int kNorms = 1;
   static Vector zero() { return _mm512_setzero_ps(); }
   static Vector add(Vector a, Vector b) { return a + b; }
-  static void sums(const Vector v[kGroupKeys], float* out) { sums_of(v, out); }
-  static void store_norms(const Vector (*norms)[kGroupKeys], int64_t used, KeySums out) {
-    float four[kGroupKeys];
-    sums(norms[0], four);
-    for (int64_t t = 0; t < used; ++t) out.squares[t] = four[t];
-  }
+  static void sums(const Vector v[kStreams], float* out) { sums_of(v, out); }
+  static void store_norms(const Vector (*norms)[kStreams], KeySums out) { sums(norms[0], out.squares); }
 };
 
 struct BFloat16Keys {
@@ -110,7 +109,9 @@ struct BFloat16Keys {
   static constexpr int64_t kStep = 32;
   template <class Columns>
   static Pairs load(const char* key, Columns columns) {
-    return as_pairs(load_halves(key, columns));
+    __m512i halves = load_halves(key, columns);
+    asm("" : "+v"(halves));  // or gcc 12 loads it once for each product
+    return as_pairs(halves);
   }
   static __m512 square(Pairs key, __m512 sum) { return _mm512_dpbf16_ps(sum, key, key); }
 };
@@ -163,13 +164,14 @@ struct PairStream : FloatSums, Keys {
 struct DigitStream {
   using Vector = __m512i;
   using Sum = int32_t;
+  static constexpr int kSums = kMostSums;
   using Element = int8_t;
   static constexpr int64_t kStep = 64;
   static constexpr int64_t kRowBytes = 1;
   static constexpr int kNorms = 2;
   static Vector zero() { return _mm512_setzero_si512(); }
   static Vector add(Vector a, Vector b) { return _mm512_add_epi32(a, b); }
-  static void sums(const Vector v[kGroupKeys], int32_t* out) { sums_of(v, out); }
+  static void sums(const Vector v[kStreams], int32_t* out) { sums_of(v, out); }
   template <class Columns>
   static Vector load(const char* key, Columns columns) {
     return load_bytes(key, columns);
@@ -185,50 +187,44 @@ struct DigitStream {
   static Vector norm(Constant<1>, Vector key, Vector sum) {
     return multiply_bytes(sum, _mm512_set1_epi8(1), key);
   }
-  static void store_norms(const Vector (*norms)[kGroupKeys], int64_t used, KeySums out) {
-    int32_t raised[kGroupKeys];
-    int32_t plain[kGroupKeys];
+  static void store_norms(const Vector (*norms)[kStreams], KeySums out) {
+    int32_t raised[kStreams];
     sums(norms[0], raised);
-    sums(norms[1], plain);
-    for (int64_t t = 0; t < used; ++t) {
-      out.squares[t] = static_cast<float>(raised[t] - 128 * plain[t]);
-      out.sums[t] = plain[t];
-    }
+    sums(norms[1], out.sums);
+    for (int64_t s = 0; s < kStreams; ++s) out.squares[s] = static_cast<float>(raised[s] - 128 * out.sums[s]);
   }
 };
 
 template <class P>
-void stream(const void* keys, int64_t stride, int64_t count, int64_t n, const void* const* rows,
-            int64_t num_rows, void* const* outs, KeySums sums) {
-  const char* key = static_cast<const char*>(keys);
+void stream(const StreamedKeys& keys, int64_t n, const void* const* rows, int64_t num_rows, void* const* outs,
+            KeySums sums) {
   for (int64_t r = 0; r < num_rows; r += kStreamRows) {
     const int64_t left = num_rows - r < kStreamRows ? num_rows - r : kStreamRows;
     const auto some = left == 1   ? &stream_rows<P, 1>
                       : left == 2 ? &stream_rows<P, 2>
                       : left <= 4 ? &stream_rows<P, 4>
                                   : &stream_rows<P, 8>;
-    some(key, stride, count, n, rows + r, left, outs + r, sums);
+    some(keys, n, rows + r, left, outs + r, sums);
   }
 }
 
 // The digits of up to four whole queries at a time: no row is computed in vain.
-void stream_digits(const void* keys, int64_t stride, int64_t count, int64_t n, const void* const* rows,
-                   int64_t num_rows, void* const* outs, KeySums sums) {
+void stream_digits(const StreamedKeys& keys, int64_t n, const void* const* rows, int64_t num_rows,
+                   void* const* outs, KeySums sums) {
   constexpr int kQuery = static_cast<int>(kTerms);
-  const char* key = static_cast<const char*>(keys);
   for (int64_t r = 0; r < num_rows; r += 4 * kQuery) {
     const int64_t left = num_rows - r < 4 * kQuery ? num_rows - r : 4 * kQuery;
     const auto some = left == kQuery       ? &stream_rows<DigitStream, kQuery>
                       : left == 2 * kQuery ? &stream_rows<DigitStream, 2 * kQuery>
                       : left == 3 * kQuery ? &stream_rows<DigitStream, 3 * kQuery>
                                            : &stream_rows<DigitStream, 4 * kQuery>;
-    some(key, stride, count, n, rows + r, left, outs + r, sums);
+    some(keys, n, rows + r, left, outs + r, sums);
   }
 }
 
 struct Lanes {
   static constexpr int kVectorsPerPanel = 1;
-  static constexpr int kSums = 24;
+  static constexpr int kSums = kMostSums;
   static constexpr int kPanels = 4;
   static __m512i broadcast(const char* p) {
     int32_t group;
@@ -257,19 +253,18 @@ struct DigitTile : Lanes {
   }
 };
 
-// The sums of keys by the loop that streams them, with no query.
+// The sums of keys that lie next to each other, by the loop that streams them, with no query.
 template <class P>
 void sum_keys(const void* keys, int64_t stride, int64_t count, int64_t n, KeySums sums) {
-  float squares[kKeyBlock];
-  int32_t plain[kKeyBlock];
-  for (int64_t first = 0; first < count; first += kKeyBlock) {
-    const int64_t some = count - first < kKeyBlock ? count - first : kKeyBlock;
-    const char* key = static_cast<const char*>(keys) + first * stride;
-    stream_rows<P, 0>(key, stride, some, n, nullptr, 0, nullptr, {squares, plain});
-    for (int64_t j = 0; j < some; ++j) {
-      sums.squares[first + j] += squares[j];
-      if (P::kNorms == 2 && sums.sums != nullptr) sums.sums[first + j] += plain[j];
-    }
+  static_assert(kKeyBlock <= kStreamBlock);
+  float squares[kStreamBlock];
+  int32_t plain[kStreamBlock];
+  StreamedKeys neighbours{keys, kStreams * stride, stride, {}};  // key j has place j
+  for (int64_t s = 0; s < kStreams; ++s) neighbours.counts[s] = (count - s + kStreams - 1) / kStreams;
+  stream_rows<P, 0>(neighbours, n, nullptr, 0, nullptr, {squares, plain});
+  for (int64_t j = 0; j < count; ++j) {
+    sums.squares[j] += squares[j];
+    if (P::kNorms == 2 && sums.sums != nullptr) sums.sums[j] += plain[j];
   }
 }
 
@@ -325,6 +320,20 @@ void join_digits(const int32_t* digits, int64_t term_stride, const int32_t* key_
   }
 }
 
+void join_streamed_digits(const int32_t* digits, int64_t term_stride, const int32_t* key_sums, int64_t places,
+                          float unit, float* dots) {
+  const auto four = [](const int32_t* p) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)); };
+  for (int64_t i = 0; i < places; i += 4) {
+    const __m128i offset = _mm_mullo_epi32(four(key_sums + i), _mm_set1_epi32(kDigitOffset >> 16));
+    const __m256d low = _mm256_cvtepi32_pd(four(digits + i));
+    const __m256d middle = _mm256_cvtepi32_pd(four(digits + term_stride + i));
+    const __m256d high = _mm256_cvtepi32_pd(_mm_sub_epi32(four(digits + 2 * term_stride + i), offset));
+    const __m256d whole =
+        _mm256_fmadd_pd(high, _mm256_set1_pd(65536.0), _mm256_fmadd_pd(middle, _mm256_set1_pd(256.0), low));
+    _mm_storeu_ps(dots + i, _mm256_cvtpd_ps(_mm256_mul_pd(whole, _mm256_set1_pd(unit))));
+  }
+}
+
 }  // namespace
 
 void add_avx512_bf16(SearchKernels& search) {
@@ -350,6 +359,7 @@ void add_avx512_bf16(SearchKernels& search) {
   search.convert[kPairs][kInt8] = &int8_to_pairs;
   search.convert[kDigits][kInt8] = &copy<1>;
   search.join_digits = &join_digits;
+  search.join_streamed_digits = &join_streamed_digits;
 }
 
 }  // namespace clara_fast::cpu

@@ -1,10 +1,10 @@
-// One thread's share of cosine_topk: a group of queries against a range of keys.
+// What both ways of searching for cosine_topk share: the keys, their scales and lengths.
 #pragma once
 
 #include <vector>
 
 #include "cosine.h"
-#include "topk_operands.h"
+#include "search_kernels.h"
 
 namespace clara_fast::cpu {
 
@@ -19,52 +19,75 @@ struct KeyBank {
   KeyScales scales_of(int64_t key) const {
     return scales == nullptr ? KeyScales{} : KeyScales{scales + key * groups, groups};
   }
+  // Where the columns end that are added up together from `column` on: `longest`, or those of one scale.
+  int64_t span_end(int64_t column, int64_t longest) const {
+    const int64_t width = columns / groups;
+    return std::min(column + longest, (column / width + 1) * width);
+  }
 };
 
-class Search {
+// Where each key has several scales: what they are to a block of keys, as parts of a key's largest, since
+// scales as they are may be too large or too small for float32 squares.
+class KeyWeights {
  public:
-  Search(const KeyBank& keys, const Plan& plan, const Queries& queries, const Operands& operands);
+  KeyWeights(const KeyBank& keys, int64_t places)
+      : keys_(keys), places_(places), weights_(keys.groups > 1 ? keys.groups * places : 0) {}
 
-  // Offers the keys of [begin, end), in order, to the best of each query.
-  void run(int64_t begin, int64_t end, Best* best);
+  bool empty() const { return weights_.empty(); }
+  void set(int64_t place, int64_t key) {
+    const KeyScales scales = keys_.scales_of(key);
+    const float largest = scales.largest();
+    for (int64_t g = 0; g < keys_.groups; ++g)
+      weights_[g * places_ + place] = largest > 0.0f ? scales[g] / largest : 0.0f;
+  }
+  // By place, for the group that a column is in; null where each key has one scale.
+  const float* of(int64_t column) const {
+    return empty() ? nullptr : weights_.data() + column / (keys_.columns / keys_.groups) * places_;
+  }
 
  private:
-  static constexpr int64_t kBlockSums = kKeyBlock * kLanes;
-  static constexpr int64_t kStreamTogether = 4;  // keys of several spans each
-
-  void stream(int64_t first, int64_t count);
-  void multiply(int64_t first, int64_t count);
-  int64_t span_end(int64_t column) const;
-  void weigh(int64_t first, int64_t count);
-  // Of the keys for the group that a column is in; null where each has one scale.
-  const float* weights_of(int64_t column) const;
-  void stream(int64_t first, int64_t from, int64_t count);
-  void join(int64_t from, int64_t count, int64_t column);
-  void add_squares(int64_t from, int64_t count, const float* part, int64_t column);
-  void measure(int64_t first, int64_t count);
-  const void* block_of(int64_t first, int64_t count, int64_t column, int64_t n, int64_t* stride);
-  const float* dots(int64_t panel) const;
-
   const KeyBank& keys_;
-  const Plan plan_;
-  const Queries& queries_;
-  const Operands& operands_;
-  const SearchKernels& kernels_;
-  const int64_t span_;  // columns
-  // sums[panel][term][key][lane] of a span, float32 or int32; dots_[panel][key][lane] where they differ from
-  // these, totals_ where there are several spans. A span lies in one group of columns.
-  std::vector<int32_t> sums_;
-  std::vector<float> dots_;
-  std::vector<double> totals_;
-  // Where each key has several scales: [group][key], as parts of the key's largest.
-  std::vector<float> weights_;
-  std::vector<int32_t> converted_;  // a block of keys over the groups that `tile` takes at a time
-  std::vector<Hit> hits_;
-  std::vector<float> thresholds_;
-  double squares_[kKeyBlock];
-  float factors_[kKeyBlock];
-  int32_t key_sums_[kKeyBlock];
-  KeyKind kinds_[kKeyBlock];
+  int64_t places_;
+  std::vector<float> weights_;  // [group][place]
 };
+
+// Lengths and kinds of a block of keys.
+struct KeyLengths {
+  static constexpr int64_t kPlaces = std::max(kKeyBlock, kStreamBlock);
+  float factors[kPlaces];
+  KeyKind kinds[kPlaces];
+
+  // From the squares of `places` keys; key_at(place) is the key there, or negative for none.
+  template <class KeyAt>
+  void measure(const KeyBank& keys, const float* squares, int64_t places, KeyAt key_at) {
+    std::fill_n(kinds, places, KeyKind::kPlain);
+    // A place without a key may pass for a key that is not plain: then all go the slow way.
+    bool plain = search_kernels().inverse_lengths(squares, places, kSmallestSquare, kLargestSquare, factors);
+    for (int64_t place = 0; place < places && keys.scales != nullptr; ++place) {
+      const int64_t key = key_at(place);
+      if (key < 0) continue;
+      const KeyScales scales = keys.scales_of(key);
+      const float scale = scales.count == 1 ? scales[0] : scales.largest();
+      plain &= scale > 0.0f && scale <= std::numeric_limits<float>::max();
+    }
+    for (int64_t place = 0; place < places && !plain; ++place) {
+      const int64_t key = key_at(place);
+      if (key < 0) continue;
+      const KeyFactor found =
+          key_factor(keys.kernels_of(), keys.rows[key], keys.columns, squares[place], keys.scales_of(key));
+      factors[place] = found.factor;
+      kinds[place] = found.kind;
+    }
+  }
+};
+
+// The score of a hit.
+inline float settled(const KeyBank& keys, const Hit& hit, int64_t key, KeyKind kind, const Queries& queries,
+                     int64_t query) {
+  const float score = hit.score + 0.0f;  // -0 becomes 0
+  if (!std::isnan(score)) return score;
+  return special_score(keys.kernels_of(), keys.rows[key], keys.columns, kind, keys.scales_of(key), queries,
+                       query);
+}
 
 }  // namespace clara_fast::cpu

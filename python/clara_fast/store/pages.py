@@ -23,7 +23,7 @@ def forget(mapped: Tensor) -> None:
     # only: touching them again maps them again.
     if (libc := _linux()) is not None and mapped.numel():
         start, size = _pages(mapped)
-        libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(size), mmap.MADV_DONTNEED)
+        libc.madvise(start, size, mmap.MADV_DONTNEED)
 
 
 def bring(path: Path, start: int, size: int) -> None:
@@ -51,7 +51,7 @@ def bring(path: Path, start: int, size: int) -> None:
         for offset in range(start // _HUGE * _HUGE, min(start + size, len(view)), _HUGE // 2):
             if not _is_cached(libc, address + offset):
                 # Not a plain access, which would hold the interpreter for as long as the disk takes.
-                libc.madvise(ctypes.c_void_p(address + offset), ctypes.c_size_t(mmap.PAGESIZE), _POPULATE_READ)
+                libc.madvise(address + offset, mmap.PAGESIZE, _POPULATE_READ)
 
 
 def cached(mapped: Tensor) -> bool:
@@ -66,7 +66,7 @@ def cached(mapped: Tensor) -> bool:
 def _is_cached(libc: ctypes.CDLL, address: int) -> bool:
     """Whether a page is in the system's cache; True where that cannot be told."""
     found = ctypes.c_ubyte()
-    failed = libc.mincore(ctypes.c_void_p(address), ctypes.c_size_t(1), ctypes.byref(found))
+    failed = libc.mincore(address, 1, ctypes.byref(found))
     return bool(failed) or bool(found.value & 1)
 
 
@@ -79,4 +79,10 @@ def _pages(mapped: Tensor) -> tuple[int, int]:
 
 @functools.cache
 def _linux() -> ctypes.CDLL | None:
-    return ctypes.CDLL(None) if hasattr(mmap, "MADV_DONTNEED") and hasattr(mmap, "MADV_DONTFORK") else None
+    if not (hasattr(mmap, "MADV_DONTNEED") and hasattr(mmap, "MADV_DONTFORK")):
+        return None
+    libc = ctypes.CDLL(None)
+    # Said once: a search calls these between blocks, while the threads that compare wait.
+    libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+    libc.mincore.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p)
+    return libc

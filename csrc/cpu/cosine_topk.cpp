@@ -105,8 +105,11 @@ void search_group(const Task& task, int64_t first_query, int64_t count) {
   const Operands operands(task.plan, queries, count, task.keys.columns);
   Pieces pieces(task.keys, task.threads, task.k);
   const int64_t lists = task.threads * Search::kParts;  // of the best, for each query
-  const int64_t kept = std::min(task.k, ceil_div(pieces.most_keys(), Search::kParts));
-  const int64_t room = Best::room(kept, pieces.most_keys());
+  // A list has its part of every piece, and all pieces but the last are whole blocks.
+  static_assert(kKeyBlock % Search::kParts == 0);
+  const int64_t most_keys = ceil_div(pieces.most_keys(), Search::kParts);
+  const int64_t kept = std::min(task.k, most_keys);
+  const int64_t room = Best::room(kept, most_keys);
   const std::unique_ptr<Scored[]> entries(new Scored[lists * count * room]);  // not cleared: it is large
   std::vector<Best> best;
   std::vector<Search> searches;

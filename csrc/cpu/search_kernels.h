@@ -18,9 +18,9 @@ constexpr int64_t kRowAlign =
 constexpr int64_t kGroups =
     192;  // groups that `tile` adds up at a time: 12 KiB of a panel, short float32 sums
 constexpr int64_t kStreamRows = 8;  // query rows that `stream` takes at most
-// Places in memory that `stream` reads side by side. Zen 4's prefetchers follow each: a thread that reads
-// four long streams gets 1.1 times (rows of 1 KiB) to 1.4 times (18 KiB) the bandwidth of one, and a quarter
-// less where software prefetches interfere.
+// Places in memory that `stream` reads side by side. A processor's prefetchers follow each, so that a thread
+// gets more of the memory's bandwidth than with one, the more so the longer rows are. Software prefetches
+// take from it.
 constexpr int64_t kStreams = 4;
 constexpr int64_t kStreamKeys = 16;                       // of each stream that make a block
 constexpr int64_t kStreamBlock = kStreams * kStreamKeys;  // places in it

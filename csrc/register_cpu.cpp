@@ -7,6 +7,7 @@ STABLE_TORCH_LIBRARY_IMPL(clara_fast_native, CPU, m) {
   m.impl("pool_memory_forward", TORCH_BOX(&clara_fast::cpu::pool_memory_forward));
   m.impl("pool_memory_backward", TORCH_BOX(&clara_fast::cpu::pool_memory_backward));
   m.impl("cosine_topk", TORCH_BOX(&clara_fast::cpu::cosine_topk));
+  m.impl("cosine_topk_parts", TORCH_BOX(&clara_fast::cpu::cosine_topk_parts));
   m.impl("select_memory_forward", TORCH_BOX(&clara_fast::cpu::select_memory_forward));
   m.impl("select_memory_backward", TORCH_BOX(&clara_fast::cpu::select_memory_backward));
   m.impl("few_rows_linear", TORCH_BOX(&clara_fast::cpu::few_rows_linear));

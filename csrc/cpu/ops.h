@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <optional>
 #include <tuple>
+#include <vector>
 
 namespace clara_fast::cpu {
 
@@ -20,6 +21,13 @@ std::tuple<Tensor, Tensor> pool_memory_backward(Tensor grad_memory, Tensor grad_
 
 std::tuple<Tensor, Tensor> cosine_topk(Tensor queries, Tensor keys, int64_t k,
                                        std::optional<Tensor> key_scales);
+
+// Over the keys of several tensors as if they were one. key_scales and allowed (bool [N], which keys may be
+// found; empty for all) are one tensor for each of `keys`, or none. Where `release`, the pages under keys
+// and scales are let go as soon as all of a tensor are compared: they must be mapped from a file.
+std::tuple<Tensor, Tensor> cosine_topk_parts(Tensor queries, std::vector<Tensor> keys, int64_t k,
+                                             std::vector<Tensor> key_scales, std::vector<Tensor> allowed,
+                                             bool release);
 
 std::tuple<Tensor, Tensor, Tensor> select_memory_forward(Tensor query, Tensor keys, Tensor memory, int64_t k,
                                                          double temperature, std::optional<Tensor> valid);

@@ -2,39 +2,40 @@
 
 namespace clara_fast::cpu {
 
-StreamSearch::StreamSearch(const KeyBank& keys, const Plan& plan, const Queries& queries,
+StreamSearch::StreamSearch(const KeyBank& like, const Plan& plan, const Queries& queries,
                            const Operands& operands)
-    : keys_(keys),
+    : keys_(&like),
       plan_(plan),
       queries_(queries),
       operands_(operands),
       kernels_(search_kernels()),
-      stream_(kernels_.stream[static_cast<int>(plan.format)][static_cast<int>(keys.storage)]),
-      one_span_(keys.span_end(0, kStreamSpan) == keys.columns),
+      stream_(kernels_.stream[static_cast<int>(plan.format)][static_cast<int>(like.storage)]),
+      one_span_(like.span_end(0, kStreamSpan) == like.columns),
       sums_(operands.count() * plan.terms * kStreamBlock),
       dots_(one_span_ && plan.terms == 1 ? 0 : operands.count() * kStreamBlock),
       totals_(one_span_ ? 0 : operands.count() * kStreamBlock),
-      weights_(keys, kStreamBlock) {}
+      weights_(like, kStreamBlock) {}
 
-void StreamSearch::run(int64_t begin, int64_t end, Best* best) {
+void StreamSearch::run(const KeyBank& keys, int64_t begin, int64_t end, Best* best) {
+  keys_ = &keys;
   const Streams streams(begin, end);
   for (int64_t at = 0; at < streams.length(); at += kStreamKeys) {
     multiply(streams, at);
-    lengths_.measure(keys_, squares_, kStreamBlock, [&](int64_t place) { return streams.key_at(at, place); });
+    lengths_.measure(keys, squares_, kStreamBlock, [&](int64_t place) { return streams.key_at(at, place); });
     offer(streams, at, best);
   }
 }
 
 void StreamSearch::multiply(const Streams& streams, int64_t at) {
-  if (weights_.empty()) return multiply(streams.keys(keys_.rows, at, kStreamKeys), 0, kStreamBlock);
+  if (weights_.empty()) return multiply(streams.keys(keys_->rows, at, kStreamKeys), 0, kStreamBlock);
   // One key of each stream at a time: short spans of many would jump about in memory.
   for (int64_t j = 0; j < kStreamKeys && at + j < streams.length(); ++j) {
     const int64_t first = j * kStreams;
     for (int64_t place = first; place < first + kStreams; ++place) {
       const int64_t key = streams.key_at(at, place);
-      if (key >= 0) weights_.set(place, key);
+      if (key >= 0) weights_.set(*keys_, place, key);
     }
-    multiply(streams.keys(keys_.rows, at + j, 1), first, kStreams);
+    multiply(streams.keys(keys_->rows, at + j, 1), first, kStreams);
   }
 }
 
@@ -44,13 +45,13 @@ void StreamSearch::multiply(const StreamedKeys& keys, int64_t place, int64_t pla
   void* outs[kStreamRows * kTerms];
   const int64_t num_rows = operands_.count() * plan_.terms;
   StreamedKeys span = keys;
-  for (int64_t column = 0, end; column < keys_.columns; column = end) {
-    end = keys_.span_end(column, kStreamSpan);
+  for (int64_t column = 0, end; column < keys_->columns; column = end) {
+    end = keys_->span_end(column, kStreamSpan);
     for (int64_t r = 0; r < num_rows; ++r) {
       rows[r] = operands_.row(r / plan_.terms, r % plan_.terms, column);
       outs[r] = sums_.data() + r * kStreamBlock + place;
     }
-    span.first = static_cast<const char*>(keys.first) + column * element_size(keys_.storage);
+    span.first = static_cast<const char*>(keys.first) + column * element_size(keys_->storage);
     stream_(span, end - column, rows, num_rows, outs, {squares_ + place, key_sums_ + place});
     for (int64_t q = 0; q < operands_.count(); ++q) join(q, place, places, column);
     if (one_span_) return;
@@ -96,9 +97,9 @@ void StreamSearch::offer(const Streams& streams, int64_t at, Best* best) {
     for (int64_t h = 0; h < hits; ++h) {
       const int64_t place = hits_[h].key;
       const int64_t key = streams.key_at(at, place);
-      if (key < 0) continue;
+      if (key < 0 || !keys_->may_be_found(key)) continue;
       best[place % kStreams * count + q].offer(
-          {settled(keys_, hits_[h], key, lengths_.kinds[place], queries_, q), key});
+          {settled(*keys_, hits_[h], key, lengths_.kinds[place], queries_, q), keys_->first + key});
     }
   }
 }

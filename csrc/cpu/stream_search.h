@@ -14,10 +14,10 @@ class StreamSearch {
   // Parts of a range that have a best of their own: they are read side by side, each in order.
   static constexpr int64_t kParts = kStreams;
 
-  StreamSearch(const KeyBank& keys, const Plan& plan, const Queries& queries, const Operands& operands);
+  StreamSearch(const KeyBank& like, const Plan& plan, const Queries& queries, const Operands& operands);
 
-  // Offers the keys of [begin, end) to best[part][query].
-  void run(int64_t begin, int64_t end, Best* best);
+  // Offers the keys of [begin, end), which are of the kind of `like`, to best[part][query].
+  void run(const KeyBank& keys, int64_t begin, int64_t end, Best* best);
 
  private:
   void multiply(const Streams& streams, int64_t at);
@@ -25,7 +25,7 @@ class StreamSearch {
   void join(int64_t query, int64_t place, int64_t places, int64_t column);
   void offer(const Streams& streams, int64_t at, Best* best);
 
-  const KeyBank& keys_;
+  const KeyBank* keys_;
   const Plan plan_;
   const Queries& queries_;
   const Operands& operands_;

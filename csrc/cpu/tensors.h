@@ -9,6 +9,7 @@
 
 #if defined(__linux__)
 #include <sys/mman.h>
+#include <unistd.h>
 #endif
 
 #include <algorithm>
@@ -104,6 +105,18 @@ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Where part `part` of `parts` begins when `count` items are dealt out evenly.
 inline int64_t part_begin(int64_t count, int64_t part, int64_t parts) { return count * part / parts; }
+
+// Lets the pages under a tensor go from this process: only for what is mapped from a file, where they come
+// back when they are touched. On other systems than Linux the call has other meanings, or none.
+inline void release_pages(const Tensor& mapped) {
+#if defined(__linux__)
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(mapped.const_data_ptr());
+  const uintptr_t end = begin + static_cast<uintptr_t>(mapped.numel()) * mapped.element_size();
+  const uintptr_t page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
+  const uintptr_t first = begin / page * page;
+  madvise(reinterpret_cast<void*>(first), end - first, MADV_DONTNEED);
+#endif
+}
 
 // How many items of so many elements make a thread worth waking.
 inline int64_t grain(int64_t elements_per_item) {

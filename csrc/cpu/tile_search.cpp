@@ -13,46 +13,47 @@ Storage stored_as(Format format) {
 
 }  // namespace
 
-TileSearch::TileSearch(const KeyBank& keys, const Plan& plan, const Queries& queries,
+TileSearch::TileSearch(const KeyBank& like, const Plan& plan, const Queries& queries,
                        const Operands& operands)
-    : keys_(keys),
+    : keys_(&like),
       plan_(plan),
       queries_(queries),
       operands_(operands),
       kernels_(search_kernels()),
       sums_(operands.panels() * plan.terms * kBlockSums),
-      dots_(plan.terms == 1 && keys.span_end(0, kTileSpan) == keys.columns ? 0
+      dots_(plan.terms == 1 && like.span_end(0, kTileSpan) == like.columns ? 0
                                                                            : operands.panels() * kBlockSums),
-      totals_(keys.span_end(0, kTileSpan) == keys.columns ? 0 : operands.panels() * kBlockSums),
-      weights_(keys, kKeyBlock),
+      totals_(like.span_end(0, kTileSpan) == like.columns ? 0 : operands.panels() * kBlockSums),
+      weights_(like, kKeyBlock),
       converted_(kKeyBlock * kGroups) {}
 
-void TileSearch::run(int64_t begin, int64_t end, Best* best) {
+void TileSearch::run(const KeyBank& keys, int64_t begin, int64_t end, Best* best) {
+  keys_ = &keys;
   for (int64_t first = begin; first < end; first += kKeyBlock) {
     const int64_t count = std::min(kKeyBlock, end - first);
-    for (int64_t j = 0; j < count && !weights_.empty(); ++j) weights_.set(j, first + j);
+    for (int64_t j = 0; j < count && !weights_.empty(); ++j) weights_.set(keys, j, first + j);
     multiply(first, count);
     float squares[kKeyBlock];
     for (int64_t j = 0; j < count; ++j) squares[j] = static_cast<float>(squares_[j]);
-    lengths_.measure(keys_, squares, count, [&](int64_t place) { return first + place; });
+    lengths_.measure(keys, squares, count, [&](int64_t place) { return first + place; });
     offer(first, count, best);
   }
 }
 
 void TileSearch::multiply(int64_t first, int64_t count) {
   const int64_t step = kGroups * 4 / element_bytes(plan_.format);
-  const int64_t bytes = element_size(keys_.storage);
+  const int64_t bytes = element_size(keys_->storage);
   const bool digits = plan_.format == Format::kDigits;
-  const SumKeys sum_keys = digits ? kernels_.sum_digits : kernels_.sum_keys[static_cast<int>(keys_.storage)];
+  const SumKeys sum_keys = digits ? kernels_.sum_digits : kernels_.sum_keys[static_cast<int>(keys_->storage)];
   std::fill_n(squares_, count, 0.0);
-  for (int64_t begin = 0, end; begin < keys_.columns; begin = end) {
-    end = keys_.span_end(begin, kTileSpan);
+  for (int64_t begin = 0, end; begin < keys_->columns; begin = end) {
+    end = keys_->span_end(begin, kTileSpan);
     std::fill_n(key_sums_, count, 0);
     const float* weights = weights_.of(begin);
     for (int64_t column = begin; column < end; column += step) {
       const int64_t n = std::min(step, end - column);
       float squares[kKeyBlock] = {};
-      sum_keys(static_cast<const char*>(keys_.rows[first]) + column * bytes, keys_.rows.stride, count, n,
+      sum_keys(static_cast<const char*>(keys_->rows[first]) + column * bytes, keys_->rows.stride, count, n,
                {squares, digits ? key_sums_ : nullptr});
       for (int64_t j = 0; j < count; ++j) {
         const double weight = weights == nullptr ? 1.0 : weights[j];
@@ -73,17 +74,17 @@ void TileSearch::multiply(int64_t first, int64_t count) {
 // A block of keys over n columns as `tile` wants it: as it is stored where possible, else a copy with zeros
 // after it.
 const void* TileSearch::block_of(int64_t first, int64_t count, int64_t column, int64_t n, int64_t* stride) {
-  const char* stored = static_cast<const char*>(keys_.rows[first]) + column * element_size(keys_.storage);
+  const char* stored = static_cast<const char*>(keys_->rows[first]) + column * element_size(keys_->storage);
   const int64_t bytes = n * element_bytes(plan_.format);
-  if (keys_.storage == stored_as(plan_.format) && count == kKeyBlock && bytes % kRowAlign == 0) {
-    *stride = keys_.rows.stride;
+  if (keys_->storage == stored_as(plan_.format) && count == kKeyBlock && bytes % kRowAlign == 0) {
+    *stride = keys_->rows.stride;
     return stored;
   }
-  const Convert convert = kernels_.convert[static_cast<int>(plan_.format)][static_cast<int>(keys_.storage)];
+  const Convert convert = kernels_.convert[static_cast<int>(plan_.format)][static_cast<int>(keys_->storage)];
   const int64_t padded = ceil_div(bytes, kRowAlign) * kRowAlign;
   char* block = reinterpret_cast<char*>(converted_.data());
   for (int64_t j = 0; j < count; ++j) {
-    convert(stored + j * keys_.rows.stride, n, block + j * padded);
+    convert(stored + j * keys_->rows.stride, n, block + j * padded);
     std::memset(block + j * padded + bytes, 0, padded - bytes);
   }
   std::memset(block + count * padded, 0, (kKeyBlock - count) * padded);
@@ -129,7 +130,9 @@ void TileSearch::offer(int64_t first, int64_t count, Best* best) {
     for (int64_t h = 0; h < hits; ++h) {
       const int64_t query = first_query + hits_[h].lane;
       const int64_t key = first + hits_[h].key;
-      best[query].offer({settled(keys_, hits_[h], key, lengths_.kinds[hits_[h].key], queries_, query), key});
+      if (!keys_->may_be_found(key)) continue;
+      best[query].offer({settled(*keys_, hits_[h], key, lengths_.kinds[hits_[h].key], queries_, query),
+                         keys_->first + key});
     }
   }
 }

@@ -12,10 +12,10 @@ class TileSearch {
  public:
   static constexpr int64_t kParts = 1;  // of a range that have a best of their own
 
-  TileSearch(const KeyBank& keys, const Plan& plan, const Queries& queries, const Operands& operands);
+  TileSearch(const KeyBank& like, const Plan& plan, const Queries& queries, const Operands& operands);
 
-  // Offers the keys of [begin, end), in order, to best[query].
-  void run(int64_t begin, int64_t end, Best* best);
+  // Offers the keys of [begin, end), which are of the kind of `like`, in order, to best[query].
+  void run(const KeyBank& keys, int64_t begin, int64_t end, Best* best);
 
  private:
   static constexpr int64_t kBlockSums = kKeyBlock * kLanes;
@@ -25,7 +25,7 @@ class TileSearch {
   void join(int64_t count, int64_t column);
   void offer(int64_t first, int64_t count, Best* best);
 
-  const KeyBank& keys_;
+  const KeyBank* keys_;
   const Plan plan_;
   const Queries& queries_;
   const Operands& operands_;

@@ -8,14 +8,18 @@
 
 namespace clara_fast::cpu {
 
+// Keys that lie side by side in memory; a search is over one such bank, or several of the same kind.
 struct KeyBank {
-  const Rows& rows;
+  Rows rows;
   Storage storage;
-  const float* scales;  // [count, groups], or null: all 1
-  int64_t groups;       // of columns, each with a scale of its own
   int64_t count, columns;
+  int64_t first;        // number of its first key among those of all banks
+  int64_t groups;       // of columns, each with a scale of its own
+  const float* scales;  // [count, groups], or null: all 1
+  const bool* allowed;  // [count], which keys may be found, or null: all
 
   const RowKernels& kernels_of() const { return kernels()[storage]; }
+  bool may_be_found(int64_t key) const { return allowed == nullptr || allowed[key]; }
   KeyScales scales_of(int64_t key) const {
     return scales == nullptr ? KeyScales{} : KeyScales{scales + key * groups, groups};
   }
@@ -30,24 +34,25 @@ struct KeyBank {
 // scales as they are may be too large or too small for float32 squares.
 class KeyWeights {
  public:
-  KeyWeights(const KeyBank& keys, int64_t places)
-      : keys_(keys), places_(places), weights_(keys.groups > 1 ? keys.groups * places : 0) {}
+  KeyWeights(const KeyBank& like, int64_t places)
+      : width_(like.columns / like.groups),
+        places_(places),
+        weights_(like.groups > 1 ? like.groups * places : 0) {}
 
   bool empty() const { return weights_.empty(); }
-  void set(int64_t place, int64_t key) {
-    const KeyScales scales = keys_.scales_of(key);
+  void set(const KeyBank& keys, int64_t place, int64_t key) {
+    const KeyScales scales = keys.scales_of(key);
     const float largest = scales.largest();
-    for (int64_t g = 0; g < keys_.groups; ++g)
+    for (int64_t g = 0; g < keys.groups; ++g)
       weights_[g * places_ + place] = largest > 0.0f ? scales[g] / largest : 0.0f;
   }
   // By place, for the group that a column is in; null where each key has one scale.
   const float* of(int64_t column) const {
-    return empty() ? nullptr : weights_.data() + column / (keys_.columns / keys_.groups) * places_;
+    return empty() ? nullptr : weights_.data() + column / width_ * places_;
   }
 
  private:
-  const KeyBank& keys_;
-  int64_t places_;
+  int64_t width_, places_;
   std::vector<float> weights_;  // [group][place]
 };
 

@@ -225,7 +225,7 @@ def gpu(monkeypatch):
     ],
 )
 def test_cuda_kernel_is_called_for_what_it_takes(gpu, keys, k, native):
-    kernel = ops.cosine_topk.__globals__["_kernel"]
+    kernel = ops.cosine_topk.__globals__["kernel_for"]
     row_scales, group_scales = torch.ones(50), torch.ones(50, 2)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -17,7 +17,7 @@ import torch
 from standin import StandIn, names, texts
 from test_memory_store import brute_force
 
-from clara_fast.store import MemoryStore, pages, search
+from clara_fast.store import MemoryStore, blocks, device_keys, pages, search
 from clara_fast.store.device_keys import DeviceKeys
 
 YEARS = [1980 + i % 40 for i in range(90)]
@@ -114,7 +114,8 @@ def test_what_filters_refuse(labelled, tmp_path):
 @pytest.mark.parametrize("resident", [0, 20_000, 1 << 30])
 def test_keys_on_a_device_give_the_same(tmp_path, monkeypatch, dtype, resident):
     """The same steps as on a GPU, with plain copies: nothing, a part or all of the keys stays there."""
-    monkeypatch.setattr(search, "BLOCK_BYTES", 4096)
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", 4096)
+    monkeypatch.setattr(device_keys, "BLOCK_BYTES", 4096)
     model = StandIn(num_memory=2, hidden_size=64)
     torch.manual_seed(0)
     memory, queries = torch.randn(300, 2, 64), torch.randn(3, 2, 64)
@@ -186,8 +187,8 @@ def test_what_stays_resident_is_bounded(tmp_path, monkeypatch):
     from clara_fast.benchmarks.machine import reset_peak_memory
     from clara_fast.benchmarks.store import Size, Stored
 
-    monkeypatch.setattr(search, "BLOCK_BYTES", 1 << 20)
-    monkeypatch.setattr(search, "RESIDENT_BYTES", 4 << 20)
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", 1 << 20)
+    monkeypatch.setattr(blocks, "RESIDENT_BYTES", 4 << 20)
 
     def rise(documents: int, room: int | None) -> int:
         stored = Stored(Size(documents, 1, 512, 4096), tmp_path / f"{documents}-{room}")

@@ -31,6 +31,10 @@ NATIVE_SCHEMAS = {
         "Tensor? norm_weight, float norm_eps) -> (Tensor, Tensor)"
     ),
     "cosine_topk": "(Tensor queries, Tensor keys, int k, Tensor? key_scales) -> (Tensor, Tensor)",
+    "cosine_topk_parts": (
+        "(Tensor queries, Tensor[] keys, int k, Tensor[] key_scales, Tensor[] allowed, bool release) "
+        "-> (Tensor, Tensor)"
+    ),
     # For CUDA graphs: everything it writes is given, workspace in bytes (uint8 [cosine_topk_workspace(...)]).
     "cosine_topk_out": (
         "(Tensor queries, Tensor keys, int k, Tensor? key_scales, Tensor(a!) scores, Tensor(b!) indices, "

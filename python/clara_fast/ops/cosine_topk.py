@@ -55,7 +55,8 @@ def _scaled(rows: Tensor, scales: Tensor | None) -> Tensor:
     return (rows.unflatten(-1, (scales.shape[-1], -1)) * scales.unsqueeze(-1)).flatten(-2)
 
 
-def _kernel(queries: Tensor, keys: Tensor, k: int, key_scales: Tensor | None) -> Callable | None:
+def kernel_for(queries: Tensor, keys: Tensor, k: int, key_scales: Tensor | None) -> Callable | None:
+    """The kernel that searches these keys, if there is one."""
     # Queries and keys may differ in dtype: float32 queries over a bfloat16 store are the usual case.
     if k == 0 or not keys.numel() or not (keys.dtype in _QUANTISED or keys.dtype in _library.KERNEL_DTYPES):
         return None
@@ -68,7 +69,7 @@ def _kernel(queries: Tensor, keys: Tensor, k: int, key_scales: Tensor | None) ->
 
 
 def _forward(queries: Tensor, keys: Tensor, k: int, key_scales: Tensor | None) -> tuple[Tensor, Tensor]:
-    kernel = _kernel(queries, keys, k, key_scales)
+    kernel = kernel_for(queries, keys, k, key_scales)
     if kernel is not None:
         scales = None if key_scales is None else key_scales.to(torch.float32).contiguous()
         if scales is not None and scales.dim() == 2 and scales.shape[1] == 1:

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from clara_fast.store.blocks import Block, Keys, Run, checked_room, forget
 from clara_fast.store.manifest import ShardEntry
-from clara_fast.store.search import Block, Keys, checked_room, forget, size_of
 
+BLOCK_BYTES = 128 << 20  # large enough that launches cost little
 _SLOTS = 2
 _SHARE = 0.8
 
@@ -39,16 +40,20 @@ class DeviceKeys:
         self._copies = torch.cuda.Stream(self.device) if self._cuda else None
 
     @property
+    def block_bytes(self) -> int:
+        return BLOCK_BYTES
+
+    @property
     def resident_bytes(self) -> int:
         """What stays on the device now."""
-        return sum(size_of(keys) for keys in self._resident.values())
+        return sum(part.nbytes for keys in self._resident.values() for part in keys if part is not None)
 
     def keep_only(self, shards: Iterable[ShardEntry]) -> None:
         """Let go of keys whose shard's memories are in none of ``shards``."""
         names = {entry.memory for entry in shards}
         self._resident = {name: keys for name, keys in self._resident.items() if name[0] in names}
 
-    def read(self, blocks: Iterable[Block]) -> Iterator[tuple[Block, Tensor, Tensor | None]]:
+    def read(self, blocks: Iterable[Block]) -> Iterator[Run]:
         """Each block with its keys and scales on the device, in order; valid until the next is asked for."""
         waiting: tuple[Block, Keys, _Slot | None] | None = None
         turn = 0
@@ -60,10 +65,10 @@ class DeviceKeys:
                 turn += slot is not None
                 coming = (block, keys, slot)
             if waiting is not None:
-                shown, (values, scales), used = waiting
+                shown, on_device, used = waiting
                 if used is not None:
                     used.wait_copied()
-                yield shown, values, scales
+                yield Run([shown], [on_device])
                 if used is not None:
                     used.mark_compared()
             waiting = coming
@@ -72,8 +77,9 @@ class DeviceKeys:
         name = block.name
         if name in self._resident:
             return self._resident[name], None
-        keys = block.keys()
-        if self.resident_bytes + size_of(keys) <= self._room:
+        block.bring()
+        keys = block.keys
+        if self.resident_bytes + block.size <= self._room:
             # Always a copy: on a CPU `to` would keep what is mapped.
             kept = tuple(
                 None if part is None else torch.empty_like(part, device=self.device).copy_(part) for part in keys

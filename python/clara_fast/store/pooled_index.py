@@ -27,6 +27,7 @@ from torch import Tensor
 
 from clara_fast import ops
 from clara_fast.store import search
+from clara_fast.store.blocks import MappedKeys
 from clara_fast.store.errors import StoreDamagedError, StoreError
 from clara_fast.store.files import Staged, file_sha256, sync_folder
 from clara_fast.store.snapshot import Snapshot
@@ -293,7 +294,7 @@ def _live(snapshot: Snapshot, allowed: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def _exact(snapshot: Snapshot, query: Tensor, k: int, allowed: Sequence[np.ndarray] | None) -> tuple[Tensor, Tensor]:
-    return search.topk(snapshot, query, k, source=search.MappedKeys(), allowed=allowed)
+    return search.topk(snapshot, query, k, source=MappedKeys(), allowed=allowed)
 
 
 def _number_of_candidates(candidates: int | None, k: int, rows: int) -> int:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from clara_fast.store import search
+from clara_fast.store.blocks import KeySource, MappedKeys
 from clara_fast.store.checking import problems_of
 from clara_fast.store.device_keys import DeviceKeys
 from clara_fast.store.documents import Document, Hit
@@ -44,7 +45,7 @@ class StoreReader:
         self.path = path
         self._pin = pin
         self._accepted: WeakSet[Any] = WeakSet()
-        self._keys: search.KeySource = search.MappedKeys()
+        self._keys: KeySource = MappedKeys()
         self._snapshot = Snapshot(path, manifest)
 
     @classmethod
@@ -246,11 +247,11 @@ class StoreReader:
 
         Args:
             device: ``"cpu"`` or a GPU.
-            resident_bytes: what may stay; default: 80 % of what is free on a GPU now, on a CPU 96 MiB. Beside that one
-                block of at most 128 MiB is resident during a search, whatever the size of the store.
+            resident_bytes: what may stay; default: 80 % of what is free on a GPU now, on a CPU 160 MiB. Beside that
+                about two blocks of at most 32 MiB are resident during a search, whatever the size of the store.
         """
         place = torch.device(device)
-        self._keys = search.MappedKeys(resident_bytes) if place.type == "cpu" else DeviceKeys(place, resident_bytes)
+        self._keys = MappedKeys(resident_bytes) if place.type == "cpu" else DeviceKeys(place, resident_bytes)
         return self
 
     def stats(self) -> dict[str, Any]:

@@ -168,6 +168,7 @@ class Shard:
         for facts, probe in probes:
             try:
                 self._check_size(facts)
+                pages.bring(self._path(facts), 0, facts.bytes)  # as a search wants it, when it comes to that
                 if file_sha256(self._path(facts)) != facts.sha256:
                     raise self._damaged(facts, "its checksum is not the manifest's")
                 probe()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import groupby
 from pathlib import Path
 
@@ -26,6 +26,8 @@ from clara_fast.store.shard_files import ROWS_PER_GROUP, SCHEMA, id_digests
 
 # What safetensors allows.
 _LONGEST_HEADER = 100_000_000
+# What a hit's text costs is mostly the parsing of its file's footer, of a megabyte or two when parsed.
+_FOOTERS = 16
 
 
 class Shard:
@@ -124,7 +126,9 @@ class Shard:
         facts = self.entry.documents
         self._check_size(facts)
         try:
-            with pq.ParquetFile(self._path(facts), memory_map=True, page_checksum_verification=True) as file:
+            path = self._path(facts)
+            about = _footer(path, facts)
+            with pq.ParquetFile(path, metadata=about, memory_map=True, page_checksum_verification=True) as file:
                 if file.metadata.num_rows != self.entry.rows or file.schema_arrow.names != SCHEMA.names:
                     raise self._damaged(facts, f"it does not hold {self.entry.rows} rows of {SCHEMA.names}")
                 return file.read(columns) if group is None else file.read_row_group(group, columns)
@@ -219,3 +223,10 @@ class Shard:
             "documents (clara-fast inspect STORE --repair) and compress them again"
         )
         return StoreDamagedError(message, shards=[self.entry.name])
+
+
+@lru_cache(maxsize=_FOOTERS)
+def _footer(path: Path, facts: FileFacts) -> pq.FileMetaData:
+    """Where the row groups of a file of documents lie."""
+    with pq.ParquetFile(path, memory_map=True) as file:
+        return file.metadata

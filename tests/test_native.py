@@ -220,6 +220,43 @@ def test_cosine_topk_takes_queries_in_low_precision(dtype):
     assert torch.equal(indices, again[1])
 
 
+READ_TO_THE_END = """
+import ctypes, itertools, mmap
+import numpy as np
+import torch
+from clara_fast import ops
+from clara_fast.ops.few_rows_linear import few_rows_linear
+
+PAGES = 64
+area = mmap.mmap(-1, (PAGES + 1) * mmap.PAGESIZE)
+behind = ctypes.addressof(ctypes.c_char.from_buffer(area)) + PAGES * mmap.PAGESIZE
+assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(behind), mmap.PAGESIZE, 0) == 0
+allowed = np.frombuffer(area, np.uint8, PAGES * mmap.PAGESIZE)
+
+def at_the_end(tensor):
+    placed = torch.from_numpy(allowed[-tensor.nbytes:]).view(tensor.dtype).view(tensor.shape)
+    return placed.copy_(tensor)
+
+torch.set_grad_enabled(False)
+torch.set_num_threads(2)
+dtypes = (torch.float32, torch.bfloat16, torch.float16, torch.int8, torch.float8_e4m3fn)
+for dtype, count, columns in itertools.product(dtypes, (1, 2, 3, 5, 47, 49, 70, 131), (1, 7, 64, 100, 320)):
+    keys = at_the_end((torch.randn(count, columns) * 9).to(dtype))
+    scales = torch.ones(count) if dtype.itemsize == 1 else None
+    for batch in (1, 3, 8, 9):
+        ops.cosine_topk(torch.randn(batch, columns), keys, 1, key_scales=scales)
+    if dtype.itemsize > 1:
+        few_rows_linear(torch.randn(2, columns).to(dtype), keys, None, None, None, 1.0)
+"""
+
+
+@needs_kernels
+@pytest.mark.skipif(sys.platform != "linux", reason="mprotect is called by its name on Linux")
+def test_nothing_behind_the_keys_is_read():
+    """Where a store's file ends at a page's end, what lies behind it ends the process."""
+    subprocess.run([sys.executable, "-c", READ_TO_THE_END], check=True, timeout=120)
+
+
 @pytest.mark.parametrize("batch", [1, 9], ids=["streams", "tiles"])
 @pytest.mark.parametrize("k", [7, 1024, 1025, 5003])
 @needs_kernels

@@ -67,7 +67,7 @@ void stream_rows(const StreamedKeys& keys, int64_t n, const void* const* rows, i
   for (int64_t j = 0; j < keys.counts[0]; ++j) {
     const char* key[kStreams];
     for (int64_t s = 0; s < kStreams; ++s) {
-      key[s] = j < keys.counts[s] ? next[s] : next[0];
+      key[s] = j < keys.counts[s] ? next[s] : key[0];
       next[s] += keys.stride;
     }
     typename P::Vector totals[kRows + P::kNorms][kStreams];

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from clara_fast.benchmarks import inputs, machine, report, roofline
+from clara_fast.benchmarks import inputs, machine, roofline
 from clara_fast.benchmarks.harness import (
     OURS,
     Case,
@@ -251,13 +251,11 @@ def main(arguments: list[str] | None = None) -> int:
         found = benchmark(options, parsed.only, console, rates=rates, base=parsed.base, layers=parsed.layers)
     except ValueError as error:
         parser.error(str(error))
-    found.show(console)
+    code = found.finish(console, parsed.json)
     console.print(f"\n{markdown(found.document())}", markup=False, soft_wrap=True)
-    if parsed.json:
-        report.save([found], parsed.json)
     if parsed.plot:
         draw(found.document(), parsed.plot)
-    return 1 if found.refused else 0
+    return code
 
 
 def rates_of(text: str, size: Size) -> list[int]:

@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from clara_fast import Clara, ops
-from clara_fast.benchmarks import inputs, machine, report
+from clara_fast.benchmarks import inputs, machine
 from clara_fast.benchmarks.baseline import Baseline
 from clara_fast.benchmarks.harness import (
     OURS,
@@ -369,10 +369,7 @@ def main(arguments: list[str] | None = None) -> int:
         found = benchmark(options, parsed.only, console, base=parsed.base, layers=parsed.layers)
     except ValueError as error:
         parser.error(str(error))
-    found.show(console)
-    if parsed.json:
-        report.save([found], parsed.json)
-    return 1 if found.refused else 0
+    return found.finish(console, parsed.json)
 
 
 if __name__ == "__main__":

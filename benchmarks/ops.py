@@ -25,7 +25,6 @@ from clara_fast.benchmarks import (
     few_rows_linear,
     machine,
     pool_memory,
-    report,
     roofline,
     select_memory,
 )
@@ -120,12 +119,10 @@ def main(arguments: list[str] | None = None) -> int:
         found = benchmark(options, parsed.only, console)
     except (ValueError, roofline.NoPicture) as error:
         parser.error(str(error))
-    found.show(console)
-    if parsed.json:
-        report.save([found], parsed.json)
+    code = found.finish(console, parsed.json)
     if parsed.plot:
         roofline.draw(found, parsed.plot)
-    return 1 if found.refused else 0
+    return code
 
 
 if __name__ == "__main__":

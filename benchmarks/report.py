@@ -54,6 +54,13 @@ class Report:
         console.print(table)
         console.print(self.summary(), markup=False, soft_wrap=True)
 
+    def finish(self, console: Console, path: Path | None) -> int:
+        """Shows the table and saves it if a path is given; returns the exit code."""
+        self.show(console)
+        if path:
+            save([self], path)
+        return 1 if self.refused else 0
+
     def summary(self) -> str:
         """Every bar that was missed or not judged, and every case that was refused: nothing is left out silently."""
         verdicts = [(result, verdict) for result in self.results for verdict in result.verdicts]

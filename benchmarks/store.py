@@ -26,7 +26,7 @@ from rich.console import Console
 from torch import Tensor
 
 from clara_fast import MemoryStore, ops
-from clara_fast.benchmarks import machine, report
+from clara_fast.benchmarks import machine
 from clara_fast.benchmarks.harness import (
     OURS,
     Bar,
@@ -252,10 +252,7 @@ def main(arguments: list[str] | None = None) -> int:
             found = benchmark(options, parsed.only, Path(folder), console)
     except ValueError as error:
         parser.error(str(error))
-    found.show(console)
-    if parsed.json:
-        report.save([found], parsed.json)
-    return 1 if found.refused else 0
+    return found.finish(console, parsed.json)
 
 
 if __name__ == "__main__":

@@ -57,8 +57,7 @@ struct Task {
 template <class Search>
 void search_group(const Task& task, int64_t first_query, int64_t count) {
   const KeyBank& like = task.banks[0];
-  const Queries queries(task.queries, task.query_storage, first_query, count, like.columns);
-  const Operands operands(task.plan, queries, count, like.columns);
+  const QueryGroup group(task.plan, task.queries, task.query_storage, first_query, count, like.columns);
   KeyPieces pieces(task.banks, task.threads, task.k);
   const int64_t lists = task.threads * Search::kParts;  // of the best, for each query
   // A list has its part of every piece, and all pieces of a bank but the last are whole blocks.
@@ -73,7 +72,7 @@ void search_group(const Task& task, int64_t first_query, int64_t count) {
   best.reserve(lists * count);
   for (int64_t i = 0; i < lists * count; ++i) best.emplace_back(entries.get() + i * room, kept, room);
   searches.reserve(task.threads);
-  for (int64_t i = 0; i < task.threads; ++i) searches.emplace_back(like, task.plan, queries, operands);
+  for (int64_t i = 0; i < task.threads; ++i) searches.emplace_back(like, group);
   std::vector<std::atomic<int64_t>> missing(task.banks.size());
   for (size_t b = 0; b < missing.size(); ++b) missing[b] = task.banks[b].count;
   torch::stable::parallel_for(0, task.threads, 1, [&](int64_t first, int64_t last) {

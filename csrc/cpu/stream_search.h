@@ -14,7 +14,7 @@ class StreamSearch {
   // Parts of a range that have a best of their own: they are read side by side, each in order.
   static constexpr int64_t kParts = kStreams;
 
-  StreamSearch(const KeyBank& like, const Plan& plan, const Queries& queries, const Operands& operands);
+  StreamSearch(const KeyBank& like, const QueryGroup& group);
 
   // Offers the keys of [begin, end), which are of the kind of `like`, to best[part][query].
   void run(const KeyBank& keys, int64_t begin, int64_t end, Best* best);
@@ -26,9 +26,7 @@ class StreamSearch {
   void offer(const Streams& streams, int64_t at, Best* best);
 
   const KeyBank* keys_;
-  const Plan plan_;
-  const Queries& queries_;
-  const Operands& operands_;
+  const QueryGroup& group_;
   const SearchKernels& kernels_;
   const Stream stream_;
   const bool one_span_;

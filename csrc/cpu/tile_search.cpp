@@ -13,17 +13,15 @@ Storage stored_as(Format format) {
 
 }  // namespace
 
-TileSearch::TileSearch(const KeyBank& like, const Plan& plan, const Queries& queries,
-                       const Operands& operands)
+TileSearch::TileSearch(const KeyBank& like, const QueryGroup& group)
     : keys_(&like),
-      plan_(plan),
-      queries_(queries),
-      operands_(operands),
+      group_(group),
       kernels_(search_kernels()),
-      sums_(operands.panels() * plan.terms * kBlockSums),
-      dots_(plan.terms == 1 && like.span_end(0, kTileSpan) == like.columns ? 0
-                                                                           : operands.panels() * kBlockSums),
-      totals_(like.span_end(0, kTileSpan) == like.columns ? 0 : operands.panels() * kBlockSums),
+      sums_(group.operands.panels() * group.plan.terms * kBlockSums),
+      dots_(group.plan.terms == 1 && like.span_end(0, kTileSpan) == like.columns
+                ? 0
+                : group.operands.panels() * kBlockSums),
+      totals_(like.span_end(0, kTileSpan) == like.columns ? 0 : group.operands.panels() * kBlockSums),
       weights_(like, kKeyBlock),
       converted_(kKeyBlock * kGroups) {}
 
@@ -41,9 +39,9 @@ void TileSearch::run(const KeyBank& keys, int64_t begin, int64_t end, Best* best
 }
 
 void TileSearch::multiply(int64_t first, int64_t count) {
-  const int64_t step = kGroups * 4 / element_bytes(plan_.format);
+  const int64_t step = kGroups * 4 / element_bytes(group_.plan.format);
   const int64_t bytes = element_size(keys_->storage);
-  const bool digits = plan_.format == Format::kDigits;
+  const bool digits = group_.plan.format == Format::kDigits;
   const SumKeys sum_keys = digits ? kernels_.sum_digits : kernels_.sum_keys[static_cast<int>(keys_->storage)];
   std::fill_n(squares_, count, 0.0);
   for (int64_t begin = 0, end; begin < keys_->columns; begin = end) {
@@ -61,10 +59,10 @@ void TileSearch::multiply(int64_t first, int64_t count) {
       }
       int64_t stride;
       const void* block = block_of(first, count, column, n, &stride);
-      kernels_.tile[static_cast<int>(plan_.format)](
-          block, stride, operands_.panel(0, 0, column), operands_.panel_stride(),
-          operands_.panels() * plan_.terms,
-          ceil_div(n * element_bytes(plan_.format), kRowAlign) * kRowAlign / 4, sums_.data(),
+      kernels_.tile[static_cast<int>(group_.plan.format)](
+          block, stride, group_.operands.panel(0, 0, column), group_.operands.panel_stride(),
+          group_.operands.panels() * group_.plan.terms,
+          ceil_div(n * element_bytes(group_.plan.format), kRowAlign) * kRowAlign / 4, sums_.data(),
           column == begin);
     }
     join(count, begin);
@@ -75,12 +73,13 @@ void TileSearch::multiply(int64_t first, int64_t count) {
 // after it.
 const void* TileSearch::block_of(int64_t first, int64_t count, int64_t column, int64_t n, int64_t* stride) {
   const char* stored = static_cast<const char*>(keys_->rows[first]) + column * element_size(keys_->storage);
-  const int64_t bytes = n * element_bytes(plan_.format);
-  if (keys_->storage == stored_as(plan_.format) && count == kKeyBlock && bytes % kRowAlign == 0) {
+  const int64_t bytes = n * element_bytes(group_.plan.format);
+  if (keys_->storage == stored_as(group_.plan.format) && count == kKeyBlock && bytes % kRowAlign == 0) {
     *stride = keys_->rows.stride;
     return stored;
   }
-  const Convert convert = kernels_.convert[static_cast<int>(plan_.format)][static_cast<int>(keys_->storage)];
+  const Convert convert =
+      kernels_.convert[static_cast<int>(group_.plan.format)][static_cast<int>(keys_->storage)];
   const int64_t padded = ceil_div(bytes, kRowAlign) * kRowAlign;
   char* block = reinterpret_cast<char*>(converted_.data());
   for (int64_t j = 0; j < count; ++j) {
@@ -95,19 +94,19 @@ const void* TileSearch::block_of(int64_t first, int64_t count, int64_t column, i
 // Dots of a block from the sums of several terms, and of several spans.
 void TileSearch::join(int64_t count, int64_t column) {
   if (dots_.empty()) return;
-  for (int64_t panel = 0; panel < operands_.panels(); ++panel) {
-    const int32_t* sums = sums_.data() + panel * plan_.terms * kBlockSums;
+  for (int64_t panel = 0; panel < group_.operands.panels(); ++panel) {
+    const int32_t* sums = sums_.data() + panel * group_.plan.terms * kBlockSums;
     const float* terms = reinterpret_cast<const float*>(sums);
     float* dots = dots_.data() + panel * kBlockSums;
-    if (plan_.format == Format::kDigits) {
-      kernels_.join_digits(sums, kBlockSums, key_sums_, count, operands_.units(panel), dots);
-    } else if (plan_.terms > 1) {
+    if (group_.plan.format == Format::kDigits) {
+      kernels_.join_digits(sums, kBlockSums, key_sums_, count, group_.operands.units(panel), dots);
+    } else if (group_.plan.terms > 1) {
       for (int64_t i = 0; i < count * kLanes; ++i) {
         dots[i] = terms[i] + (terms[kBlockSums + i] + terms[2 * kBlockSums + i]);
       }
     }
     if (totals_.empty()) continue;
-    const float* parts = plan_.terms > 1 ? dots : terms;
+    const float* parts = group_.plan.terms > 1 ? dots : terms;
     if (const float* weights = weights_.of(column)) {
       for (int64_t j = 0; j < count; ++j) {
         for (int64_t i = j * kLanes; i < (j + 1) * kLanes; ++i) dots[i] = parts[i] * weights[j];
@@ -120,18 +119,18 @@ void TileSearch::join(int64_t count, int64_t column) {
 
 void TileSearch::offer(int64_t first, int64_t count, Best* best) {
   const float* dots = dots_.empty() ? reinterpret_cast<const float*>(sums_.data()) : dots_.data();
-  for (int64_t panel = 0; panel < operands_.panels(); ++panel, dots += kBlockSums) {
+  for (int64_t panel = 0; panel < group_.operands.panels(); ++panel, dots += kBlockSums) {
     const int64_t first_query = panel * kLanes;
-    const int64_t lanes = std::min(kLanes, operands_.count() - first_query);
+    const int64_t lanes = std::min(kLanes, group_.operands.count() - first_query);
     float thresholds[kLanes] = {};
     for (int64_t lane = 0; lane < lanes; ++lane) thresholds[lane] = best[first_query + lane].threshold();
-    const int64_t hits =
-        kernels_.pick(dots, count, lengths_.factors, operands_.inverses(panel), thresholds, lanes, hits_);
+    const int64_t hits = kernels_.pick(dots, count, lengths_.factors, group_.operands.inverses(panel),
+                                       thresholds, lanes, hits_);
     for (int64_t h = 0; h < hits; ++h) {
       const int64_t query = first_query + hits_[h].lane;
       const int64_t key = first + hits_[h].key;
       if (!keys_->may_be_found(key)) continue;
-      best[query].offer({settled(*keys_, hits_[h], key, lengths_.kinds[hits_[h].key], queries_, query),
+      best[query].offer({settled(*keys_, hits_[h], key, lengths_.kinds[hits_[h].key], group_.queries, query),
                          keys_->first + key});
     }
   }

@@ -12,7 +12,7 @@ class TileSearch {
  public:
   static constexpr int64_t kParts = 1;  // of a range that have a best of their own
 
-  TileSearch(const KeyBank& like, const Plan& plan, const Queries& queries, const Operands& operands);
+  TileSearch(const KeyBank& like, const QueryGroup& group);
 
   // Offers the keys of [begin, end), which are of the kind of `like`, in order, to best[query].
   void run(const KeyBank& keys, int64_t begin, int64_t end, Best* best);
@@ -26,9 +26,7 @@ class TileSearch {
   void offer(int64_t first, int64_t count, Best* best);
 
   const KeyBank* keys_;
-  const Plan plan_;
-  const Queries& queries_;
-  const Operands& operands_;
+  const QueryGroup& group_;
   const SearchKernels& kernels_;
   // sums_[panel][term][key][lane] of a span, float32 or int32; dots_[panel][key][lane] where they differ from
   // these, totals_ where there are several spans.

@@ -48,4 +48,18 @@ class Operands {
   std::vector<float> units_, inverses_;
 };
 
+// Queries that share a pass over the keys, as they are and as they are multiplied.
+struct QueryGroup {
+  Plan plan;
+  Queries queries;
+  Operands operands;
+
+  // `count` of the tensor's rows from row `begin` on.
+  QueryGroup(const Plan& plan, const Tensor& tensor, Storage storage, int64_t begin, int64_t count,
+             int64_t columns)
+      : plan(plan),
+        queries(tensor, storage, begin, count, columns),
+        operands(plan, queries, count, columns) {}
+};
+
 }  // namespace clara_fast::cpu

@@ -28,9 +28,10 @@ from clara_fast.benchmarks.harness import (
     Contest,
     Options,
     Result,
+    wanted,
 )
 from clara_fast.benchmarks.report import Report
-from clara_fast.benchmarks.setting import LIMITS, Setting, check, options_of, parser_of, prepared, wanted
+from clara_fast.benchmarks.setting import LIMITS, Setting, check, options_of, parser_of, prepared
 from clara_fast.benchmarks.text_or_memory import QUICK, TEXT, Scene, Size
 from clara_fast.benchmarks.timing import clock_for
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -122,6 +123,15 @@ class Bar:
     kind: str
     required: float
     peers: tuple[str, ...] = ()
+
+
+def wanted(only: str | None, name: str) -> bool:
+    """Whether a name holds all words of ``only``, each from the beginning of a word on and numbers to their end."""
+    words = (only or "").lower().split()
+    ends = [r"(?!\d)" if word[-1].isdigit() else "" for word in words]
+    return all(
+        re.search(rf"(?<![a-z0-9]){re.escape(word)}{end}", name.lower()) for word, end in zip(words, ends, strict=True)
+    )
 
 
 @dataclass(frozen=True)

@@ -35,9 +35,10 @@ from clara_fast.benchmarks.harness import (
     Result,
     judge,
     require_close,
+    wanted,
 )
 from clara_fast.benchmarks.report import Report
-from clara_fast.benchmarks.setting import LIMITS, Setting, check, options_of, parser_of, prepared, wanted
+from clara_fast.benchmarks.setting import LIMITS, Setting, check, options_of, parser_of, prepared
 from clara_fast.benchmarks.timing import clock_for
 from clara_fast.modeling import roles
 from clara_fast.modeling.packing import group_prompts

@@ -28,7 +28,7 @@ from clara_fast.benchmarks import (
     roofline,
     select_memory,
 )
-from clara_fast.benchmarks.harness import Options, Result, in_one_line
+from clara_fast.benchmarks.harness import Options, Result, in_one_line, wanted
 from clara_fast.benchmarks.report import Report
 from clara_fast.benchmarks.timing import clock_for
 
@@ -45,10 +45,9 @@ MODULES = (
 
 def all_cases(options: Options, only: str | None = None) -> Iterator:
     """Those whose name holds every word of ``only``."""
-    words = (only or "").lower().split()
     for module in MODULES:
         for case in module.cases(options):
-            if all(word in f"{case.work}: {case.name}".lower() for word in words):
+            if wanted(only, f"{case.work}: {case.name}"):
                 yield case
 
 

@@ -16,7 +16,7 @@ import transformers
 from rich.console import Console
 
 from clara_fast.benchmarks import inputs, machine
-from clara_fast.benchmarks.harness import Options, dtype_name
+from clara_fast.benchmarks.harness import Options, dtype_name, wanted
 from clara_fast.benchmarks.ops import add_options
 from clara_fast.benchmarks.report import Report
 from clara_fast.benchmarks.timing import clock_for
@@ -62,11 +62,6 @@ def options_of(parsed: argparse.Namespace) -> Options:
     """What was parsed, for the harness."""
     repetitions = parsed.repetitions or (1 if parsed.quick else REPETITIONS)
     return Options.of(parsed.device, parsed.dtype, threads=parsed.threads, quick=parsed.quick, repetitions=repetitions)
-
-
-def wanted(only: str | None, name: str) -> bool:
-    """Whether a name holds all of the words."""
-    return all(word in name.lower() for word in (only or "").lower().split())
 
 
 def check(options: Options, only: str | None, names: Sequence[str]) -> None:

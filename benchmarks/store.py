@@ -38,6 +38,7 @@ from clara_fast.benchmarks.harness import (
     Result,
     in_one_line,
     judge,
+    wanted,
 )
 from clara_fast.benchmarks.ops import add_options, quick_options
 from clara_fast.benchmarks.report import Report
@@ -216,12 +217,11 @@ def benchmark(options: Options, only: str | None, folder: Path, console: Console
     clock = clock_for(options.device, shortest=0.0 if options.quick else 0.03)
     facts = {**machine.facts(options.device), "quick": options.quick}
     found = Report("The store", facts, machine.measure_ceilings(options.device, clock, quick=options.quick), console)
-    words = (only or "").lower().split()
     for size in QUICK if options.quick else SIZES:
         stored = Stored(size, folder)
         try:
             for name, measure in works(stored, options):
-                if not all(word in f"store: {name}".lower() for word in words):
+                if not wanted(only, f"store: {name}"):
                     continue
                 try:
                     found.add(measure(options, clock, found.ceilings))

@@ -77,7 +77,8 @@ def test_bad_rows(place, tmp_path, capsys, stage, change, message):
         (["--dtype", "float33"], "--dtype (float33) must be"),
         (["--compression-rate", 0], "compression_rate (0) must be"),
         (["--bits", 5], "bits (5) must be 4 or 8"),
-        (["--model", "model", "--bits", 4], "bits (4) goes with --base only"),
+        (["--model", "model", "--bits", 4], "bits goes with --base only"),
+        (["--model", "model", "--lora-r", 4], "lora_r goes with --base only"),
         (["--max-words", 1], "max_words (1) leaves no passage"),
     ],
 )

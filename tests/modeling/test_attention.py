@@ -297,3 +297,17 @@ def test_what_breaks_the_registration_does_not_break_transformers(monkeypatch):
     monkeypatch.setitem(sys.modules, "clara_fast.modeling.attention", None)
     with pytest.warns(UserWarning, match='attn_implementation="clara_fast" is not there: .*attention'):
         register_attention()
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_positions_that_are_written_into_are_read_again(models, mode):
+    ours, *_ = models
+    rows = torch.arange(12).view(1, 12) + 5
+    other = torch.tensor([[*range(4), *range(8)]])
+    with mode():
+        positions = torch.tensor([[*range(6), *range(6)]])
+        first = ours(input_ids=rows, position_ids=positions).logits
+        positions.copy_(other)
+        second = ours(input_ids=rows, position_ids=positions).logits
+        assert torch.equal(second, ours(input_ids=rows, position_ids=other).logits)
+        assert not torch.equal(first, second)

@@ -428,3 +428,45 @@ class TestDamagedCheckpoint:
         torch.save({"encoder_adapter": print}, tmp_path / "theirs" / "adapters.pth")
         with pytest.raises(ValueError, match=r"adapters\.pth is damaged or no checkpoint"):
             Clara.from_pretrained(tmp_path / "theirs")
+
+
+@pytest.mark.parametrize("part", ["memory_tokens", "connector"])
+def test_parts_that_are_no_role_train_without_the_compressor(base, part):
+    model = fresh(base, connector=True)
+    model.train_only(part, "generator")
+    gradient = gradients(model, **scp_inputs(model))
+    names = {"memory_tokens": "memory_embeddings", "connector": "connector"}
+    assert any(name.startswith(names[part]) for name in gradient)
+    assert not any("compressor" in name for name in gradient)
+
+
+def test_saving_over_another_model_leaves_nothing_of_it(base, tmp_path):
+    model = fresh(base, lora={**LORA, "r": 2, "alpha": 4})
+    model.add_role("query_reasoner")
+    model.save_pretrained(tmp_path / "saved")
+    (tmp_path / "saved" / "trainer_state.json").write_text("{}")
+    fresh(base).save_pretrained(tmp_path / "saved")
+    assert Clara.from_pretrained(tmp_path / "saved", device="cpu").roles == {"compressor", "generator"}
+    assert (tmp_path / "saved" / "trainer_state.json").exists()
+
+
+def test_another_base_with_the_same_embeddings_has_another_fingerprint(model, base):
+    before = model.fingerprint
+    weight = model.lm.get_decoder().layers[-1].mlp.down_proj
+    weight = getattr(weight, "base_layer", weight).weight
+    weight.data += 0.01
+    assert model.fingerprint != before
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2"])
+def test_tokens_are_counted_without_those_around_them(tmp_path, architecture):
+    model = fresh(make_base(tmp_path / "base", architecture))
+    texts = ["The cat", "A much longer text about a cat."]
+    own = [len(model.tokenizer(text, add_special_tokens=False).input_ids) for text in texts]
+    assert model.count_tokens(texts) == own == [len(model.token_spans(text)) for text in texts]
+
+
+def test_generation_options_that_do_not_fit(model):
+    for option, value in (("num_return_sequences", 2), ("return_dict_in_generate", True), ("generation_config", {})):
+        with pytest.raises(ValueError, match=option):
+            model.answer("Who?", documents=DOCUMENTS[:2], **{option: value})

@@ -142,6 +142,8 @@ def test_accumulated_steps_equal_one_large_batch(base, tmp_path):
 def test_what_trains_and_at_which_rate(base, tmp_path):
     model = new_model(base)
     model.add_role("query_reasoner")
+    frozen = ScpTrainer(model, arguments(tmp_path, memory_learning_rate=0.0), SAMPLES)
+    assert 0.0 in {group["lr"] for group in frozen.create_optimizer().param_groups}
     trainer = ScpTrainer(model, arguments(tmp_path, memory_learning_rate=0.5), SAMPLES)
     rates = {group["lr"]: group["params"] for group in trainer.create_optimizer().param_groups}
     assert rates[0.5] == [model.memory_embeddings] or rates[0.5][0] is model.memory_embeddings
@@ -226,3 +228,19 @@ class StopAfter(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step == self.step:
             raise KeyboardInterrupt
+
+
+def test_a_run_that_is_done_stays_as_it_is(base, tmp_path):
+    """Three steps of an epoch of six: transformers alone would take a fourth, and save another model."""
+    done = ScpTrainer(new_model(base), arguments(tmp_path, max_steps=3), SAMPLES)
+    done.train()
+    again = ScpTrainer(new_model(base), arguments(tmp_path, max_steps=3), SAMPLES)
+    again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == 3
+    expected = adapters_of(done.model)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in adapters_of(again.model).items())
+
+
+def test_several_sets_to_evaluate_on_are_refused(base, tmp_path):
+    with pytest.raises(ValueError, match="eval_dataset must be one sequence"):
+        ScpTrainer(new_model(base), arguments(tmp_path), SAMPLES, {"a": SAMPLES})

@@ -20,9 +20,12 @@ from clara_fast.cli.train_options import (
 app = typer.Typer(no_args_is_help=True, help="Train a model, stage by stage.")
 
 Questions = Annotated[
-    list[Path], typer.Argument(help='JSONL (may be gzipped) of {"question", "docs", "gold_answer", "pos_index"}.')
+    list[Path],
+    typer.Argument(help='JSONL (may be gzipped) of {"question", "docs", "gold_answer" (or "answer"), "pos_index"}.'),
 ]
 
+# What a model that is gone on from remembers.
+OF_A_NEW_MODEL = {"doc_max_length", "lora_r", "lora_dropout", "connector", "bits", "spread"}
 # How many training passages the connector takes its first statistics from.
 CALIBRATION_PASSAGES = 64
 
@@ -47,7 +50,7 @@ def scp(
     lora_dropout: Annotated[float, typer.Option(help="Dropout of the adapters in training.")] = 0.1,
     connector: Annotated[bool, typer.Option(help="Train a linear map from hidden states to embeddings.")] = False,
     bits: Annotated[
-        int | None, typer.Option(help="Load the base in 8 or 4 bits; needs clara-fast[kbit]. The model remembers it.")
+        int | None, typer.Option(help="Load the base in 8 or 4 bits; needs clara-fast\\[kbit]. The model remembers it.")
     ] = None,
     spread: Annotated[bool, typer.Option(help="Spread the memory tokens' positions over the text.")] = False,
     batch_size: BatchSizeOption = 8,
@@ -57,6 +60,7 @@ def scp(
     """Pretrain compressor and generator together (paper section 3.1): CE + 0.1 MSE.
 
     Evaluation prints the answer loss under four contexts: the passage's memory, another passage's, none, the full text.
+    With --model, what describes a model (tokens read, LoRA, connector, bits, positions) is its own, but for the rate.
     """
     from transformers import set_seed
 
@@ -67,8 +71,8 @@ def scp(
     if (base is None) == (model is None):
         raise ValueError("give exactly one of --base and --model")
     quantization = _quantization(bits)
-    if model is not None and bits is not None:
-        raise ValueError(f"bits ({bits}) goes with --base only: a model remembers its own")
+    if model is not None and (foreign := sorted(OF_A_NEW_MODEL & common.given)):
+        raise ValueError(f"{foreign[0]} goes with --base only: a model remembers its own")
     samples = [s for s in read_scp(train) if max_words is None or len(s.document.split()) <= max_words]
     if not samples:
         raise ValueError(f"max_words ({max_words}) leaves no passage to train on")
@@ -163,7 +167,7 @@ def joint(
     """Train query reasoner and generator together on the loss of the answer alone (paper section 3.2).
 
     The store is made from the same questions by: clara-fast compress QUESTIONS --text-field docs.
-    Evaluation prints Recall@1 and the answer loss under four contexts.
+    Evaluation prints Recall@1, Recall@5, MRR@10 and the answer loss under four contexts.
     """
     from clara_fast.data import read_multidoc
     from clara_fast.modeling import Clara

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-# Arguments of transformers that the commands have options for, under shorter names.
+# Arguments of transformers that the commands have options for, under shorter names; and --eval, which is no name.
 OPTION_OF = {
     "max_steps": "steps",
     "num_train_epochs": "epochs",
@@ -19,6 +19,7 @@ OPTION_OF = {
     "gradient_accumulation_steps": "accumulate",
     "eval_steps": "eval_every",
     "output_dir": "out",
+    "eval": "eval_file",
 }
 _ARGUMENTS = "clara_fast.training_arguments"
 
@@ -27,7 +28,7 @@ def _read(context: typer.Context, value: str | None) -> str | None:
     """Put the file's options in the place of the command's defaults, and keep its other arguments."""
     if value is None:
         return None
-    content = read_config(value)
+    content = {key.replace("-", "_"): setting for key, setting in read_config(value).items()}
     names = {parameter.name for parameter in context.command.params}
     options = {OPTION_OF.get(key, key): setting for key, setting in content.items()}
     context.default_map = {**(context.default_map or {}), **{k: v for k, v in options.items() if k in names}}

@@ -30,7 +30,7 @@ AnswersOption = Annotated[
 
 @dataclass(kw_only=True)
 class CommonOptions:
-    """The options; ``extra`` is what ``--config`` says beyond those of the command."""
+    """The options. ``extra`` is what ``--config`` says beyond them, ``given`` names those on the command line."""
 
     out: Annotated[Path, typer.Option(help="Folder for the model and its checkpoints; an unfinished run resumes.")]
     base_model: BaseModelOption = None
@@ -47,6 +47,7 @@ class CommonOptions:
     config: ConfigOption = None
     json: JsonOption = False
     extra: dict[str, Any] = field(default_factory=dict)
+    given: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
         check_dtype(self.dtype)
@@ -120,7 +121,7 @@ def with_common_options(stage: Callable[..., None]) -> Callable[..., None]:
             default=inspect.Parameter.empty if option.name == "out" else option.default,
         )
         for option in fields(CommonOptions)
-        if option.name != "extra"
+        if option.name not in ("extra", "given")
     ]
     first = inspect.Parameter("context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)
     own = list(inspect.signature(stage, eval_str=True).parameters.values())[1:]
@@ -130,7 +131,10 @@ def with_common_options(stage: Callable[..., None]) -> Callable[..., None]:
     @wraps(stage)
     def command(context: typer.Context, **options: Any) -> None:
         shared = {option.name: options.pop(option.name) for option in common}
-        stage(CommonOptions(**shared, extra=arguments_of(context)), **options)
+        names = [parameter.name for parameter in context.command.params if parameter.name is not None]
+        sources = {name: context.get_parameter_source(name) for name in names}
+        given = frozenset(name for name, source in sources.items() if source and source.name == "COMMANDLINE")
+        stage(CommonOptions(**shared, extra=arguments_of(context), given=given), **options)
 
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}

@@ -72,5 +72,11 @@ def documents_of(row: dict[str, Any], place: str) -> list[Any]:
 
 
 def is_text(value: object) -> bool:
-    """Whether ``value`` is a string with more than white space."""
-    return isinstance(value, str) and bool(value.strip())
+    """Whether ``value`` is a string with more than white space, and without halves of characters."""
+    if not isinstance(value, str) or not value.strip():
+        return False
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -125,7 +125,7 @@ def read_eval_set(
     if single:
         samples = [
             QuestionSample(f"{passage.id}/{i}", question, [passage.document], [answer], positives=[0])
-            for passage in read_scp(file, limit=limit)
+            for passage in read_scp(file)
             if passage.questions
             for i, (question, answer) in enumerate(passage.pairs)
         ][:limit]

@@ -132,6 +132,10 @@ def answer(
     return answers[0] if single else answers
 
 
+# Of transformers' generate, what answers depend on.
+_FIXED_OPTIONS = {"num_return_sequences": 1, "return_dict_in_generate": False}
+
+
 def paraphrase(
     model: Clara, memory: Tensor, *, instruction: int = 0, max_new_tokens: int = 128, **generate_options: Any
 ) -> list[str]:
@@ -156,7 +160,15 @@ def generate(
 
     Greedy unless ``options`` say otherwise; they go to transformers' ``generate``. Another ``role`` may answer, or the
     base model without adapters (:data:`clara_fast.modeling.roles.NO_ROLE`).
+
+    Raises:
+        ValueError: an option would change what is returned, or replace what is set here.
     """
+    for name, kept in _FIXED_OPTIONS.items():
+        if options.get(name, kept) != kept:
+            raise ValueError(f"{name} ({options[name]!r}) must be {kept!r} here: one text is returned for each prompt")
+    if options.get("generation_config") is not None:
+        raise ValueError("generation_config: give what it holds as options (max_new_tokens, do_sample, num_beams, ...)")
     sequences = generate_ids(model, prompts, memories, role=role, max_new_tokens=max_new_tokens, **options)
     return [text.strip() for text in model.tokenizer.batch_decode(sequences, skip_special_tokens=True)]
 

@@ -110,16 +110,25 @@ def _layout_of_positions(position_ids: Tensor | None) -> ContextLayout | None:
     """
     if position_ids is None or position_ids.shape[0] != 1 or torch.compiler.is_compiling():
         return None
-    if not hasattr(position_ids, "clara_layout"):
-        # Asked once for all layers: it waits for the device.
+    # Asked once for all layers, since it waits for the device, and again where the caller has written into it.
+    state = position_ids.clone() if position_ids.is_inference() else position_ids._version
+    known, layout = getattr(position_ids, "clara_layout", (None, None))
+    if known is None or not _is_same(known, state):
         positions = position_ids[0]
         starts = positions == positions[:1]
         layout = None
         if bool((starts.sum() > 1) & (starts[1:] | (positions.diff() == 1)).all()):
             bounds = torch.nn.functional.pad(starts, (0, 1), value=True).nonzero().squeeze(1).to(torch.int32)
             layout = _packed_layout(bounds[:-1], bounds.diff(), bounds[:-1], bounds.diff())
-        position_ids.clara_layout = layout  # type: ignore[attr-defined]
-    return position_ids.clara_layout  # type: ignore[attr-defined]
+        position_ids.clara_layout = state, layout  # type: ignore[attr-defined]
+    return layout
+
+
+def _is_same(known: Tensor | int, state: Tensor | int) -> bool:
+    """Whether a version, or the contents of a tensor that keeps none, are the ones seen before."""
+    if isinstance(known, Tensor) and isinstance(state, Tensor):
+        return known.equal(state)
+    return isinstance(known, int) and isinstance(state, int) and known == state
 
 
 def _packed_layout(q_start: Tensor, q_len: Tensor, kv_start: Tensor, kv_len: Tensor) -> ContextLayout:

@@ -104,7 +104,7 @@ def load_model(
     config = ClaraConfig.from_dict(content, str(folder / "config.json"))
     if base_model is not None:
         config.base_model = str(base_model)
-    rate = compression_rate or config.compression_rate
+    rate = config.compression_rate if compression_rate is None else compression_rate
     other_rate = rate != config.compression_rate
     config = dataclasses.replace(config, compression_rate=rate)
     # At another rate the saved tokenizer has the wrong memory tokens.
@@ -152,6 +152,8 @@ def save_model(model: Clara, path: Path, format: str, adapter_dtype: torch.dtype
         for file in files:
             file.chmod(0o644)  # safetensors writes for its owner alone
         if path.is_dir():
+            for role in set(roles.ROLES) - model.roles:  # of a model that was there before
+                shutil.rmtree(path / role, ignore_errors=True)
             for file in files:
                 target = path / file.relative_to(temporary)
                 target.parent.mkdir(exist_ok=True)

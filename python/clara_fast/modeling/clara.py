@@ -283,10 +283,10 @@ class Clara(nn.Module):
         return pack_documents(ids, self.text.memory_ids, spread=self.config.memory_positions == "spread")
 
     def encode(self, packed: PackedDocuments, role: Role) -> tuple[Tensor, Tensor]:
-        """Memories ``[S, m, D]`` and mean squared errors ``[S]`` of packed texts, with a graph if ``role`` trains."""
+        """Memories ``[S, m, D]`` and mean squared errors ``[S]`` of packed texts, with a graph if anything trains."""
         m = self.config.num_memory
         self._check_window(packed.longest)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and role in self.trainable):
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.trainable.isdisjoint((role, "memory_tokens"))):
             embeds = self.lm.get_input_embeddings()(packed.input_ids)
             tail = torch.arange(-m, 0, device=embeds.device)
             rows = (packed.offsets[1:, None] + tail).flatten().long()
@@ -294,7 +294,7 @@ class Clara(nn.Module):
             embeds = self._entry(embeds.index_copy(0, rows, tokens.to(embeds.dtype)), role)
             hidden = roles.run_backbone(self.lm.get_decoder(), role, packed.layout, embeds, packed.position_ids)
             memory, mse = ops.pool_memory(hidden, packed.offsets, m)
-            return (memory if self.connector is None else self.connector(memory)), mse
+        return (memory if self.connector is None else self.connector(memory)), mse
 
     def compress(
         self,
@@ -335,7 +335,7 @@ class Clara(nn.Module):
     def count_tokens(self, documents: Sequence[str]) -> list[int]:
         """Tokens of each document before anything is cut off."""
         ids, _ = self.text.documents(documents, max_length=2**62)
-        return [len(row) - 3 for row in ids]
+        return [len(row) - self.text.num_around for row in ids]
 
     def token_spans(self, text: str) -> list[tuple[int, int]]:
         """The range of characters of each token of a document: where it can be cut."""
@@ -504,7 +504,9 @@ class Clara(nn.Module):
         """Indices ``[k]`` and cosines ``[k]`` of the documents nearest to the question, best first (all of them)."""
         from clara_fast.modeling.answering import nearest
 
-        return nearest(self, self.encode_queries(question), self.compress(documents), top_k or len(documents))
+        return nearest(
+            self, self.encode_queries(question), self.compress(documents), len(documents) if top_k is None else top_k
+        )
 
     def answer(self, questions: str | Sequence[str], **options: Any) -> Any:
         """An :class:`Answer` for one question, a list for several, from exactly one source.

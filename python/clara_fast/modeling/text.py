@@ -57,14 +57,19 @@ class TextEncoder:
     def readable(self, text: str) -> str:
         """The beginning of a text that the compressor reads: its first ``doc_max_length`` tokens, as text again."""
         ids = self._encode([self.defuse(text)])[0]
-        limit = self.max_length - 3
+        limit = self.max_length - self.num_around
         return text if len(ids) <= limit else str(self.tokenizer.decode(ids[:limit]))
+
+    @property
+    def num_around(self) -> int:
+        """Tokens that every document has around its own."""
+        return 1 + bool(self.tokenizer.bos_token) + bool(self.tokenizer.eos_token)
 
     def spans(self, text: str) -> list[tuple[int, int]]:
         """The range of characters of each token of ``text``; needs one of transformers' fast tokenizers."""
         for token in self._special_strings:
             # As :meth:`defuse`, but of the same length, so that the ranges are those of ``text``.
-            text = text.replace(token, f"{token[0]}{' ' * (len(token) - 1)}")
+            text = text.replace(token, f"{token[0]}{' ' * (len(token) - 1)}" if len(token) > 1 else " ")
         if not self.tokenizer.is_fast:
             raise ValueError(
                 f"{type(self.tokenizer).__name__} does not say where its tokens stand: use a fast tokenizer"
@@ -85,7 +90,7 @@ class TextEncoder:
         """Break up special-token strings inside a user's text, so that ``</s>`` or ``<MEM0>`` there is only text."""
         for token in self._special_strings:
             if token in text:
-                text = text.replace(token, f"{token[0]} {token[1:]}")
+                text = text.replace(token, f"{token[0]} {token[1:]}" if len(token) > 1 else " ")
         return text
 
     @cached_property

@@ -188,6 +188,8 @@ class StoreReader:
         """
         snapshot = self._snapshot
         queries = self._flat_queries(queries, keys)
+        if not len(self):
+            raise ValueError(f"{self.path} holds no documents to search")
         if k < 1:
             raise ValueError(f"k ({k}) must be at least 1")
         if k > len(self):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -125,8 +125,8 @@ class JointTrainer(AnswerTrainer):
         )
 
     def _located(self, samples: Sequence[QuestionSample] | None) -> list[JointSample] | None:
-        if samples is None:
-            return None
+        if samples is None or isinstance(samples, Mapping):  # which the base class refuses
+            return samples  # type: ignore[return-value]
         count, keep = self.args.num_candidates, self.args.keep_positives
         if self._candidates is None:
             return own_candidates(samples, count, keep_positives=keep)

@@ -63,6 +63,11 @@ class RetrieverTrainingArguments(ClaraTrainingArguments):
     temperature: float = field(default=0.02, metadata={"help": "Cosines are divided by it."})
     negatives: int = field(default=1024, metadata={"help": "Documents drawn from the store against each batch."})
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.negatives < 0:
+            raise ValueError(f"negatives ({self.negatives}) must be at least 0")
+
 
 class RetrieverTrainer(ClaraTrainer):
     """Trains the query reasoner so that a question's memory lies nearest to its documents' memories.

@@ -80,7 +80,8 @@ class ScpTrainer(AnswerTrainer):
             groups: dict[float, list[nn.Parameter]] = {}
             for name, parameter in clara.named_parameters():
                 if parameter.requires_grad:
-                    rate = special.get(name.split(".")[0]) or args.learning_rate
+                    rate = special.get(name.split(".")[0])
+                    rate = args.learning_rate if rate is None else rate
                     groups.setdefault(rate, []).append(parameter)
             cls, options = self.get_optimizer_cls_and_kwargs(args, clara)
             options.pop("lr", None)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -88,6 +88,8 @@ class ClaraTrainer(Trainer):
     eval_dataset: Any
 
     def __init__(self, *args: Any, **options: Any) -> None:
+        if isinstance(options.get("eval_dataset"), Mapping):
+            raise ValueError("eval_dataset must be one sequence of samples: call evaluate() for each, with a prefix")
         super().__init__(*args, **options)
         self._batches: list[tuple[list[Any], Tensor]] = []  # samples and loss of each in this optimizer step
         self._norms: dict[str, Tensor] = {}
@@ -193,6 +195,13 @@ class ClaraTrainer(Trainer):
         if self.args.should_save and last is not None:  # a kill may have come between a checkpoint and its rotation
             self._rotate(last)
         return result
+
+    def _run_epoch(self, *args: Any, **options: Any) -> Any:
+        if self.state.global_step >= self.state.max_steps:
+            # Taken up again after its last step: transformers would look at that only after one more.
+            self.control.should_training_stop = True
+            return None
+        return super()._run_epoch(*args, **options)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         out, args = Path(self._get_output_dir(trial)), self.args

@@ -263,6 +263,7 @@ def test_what_is_left_out_is_listed(run, tmp_path, model):
     )
     stats = MemoryStore.open(tmp_path / "t").stats()
     assert (code, stats["dtype"], stats["pooled_keys"]) == (0, "int8", True)
+    assert "--pooled-keys: " in run(*command, "--pooled-keys")[2]
     code, _, err = run(*command, "--store-dtype", "int8")
     assert (code, err.count("\n"), "--store-dtype (int8) must be that of" in err) == (2, 1, True)
 

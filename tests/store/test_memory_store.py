@@ -128,7 +128,7 @@ def test_an_empty_store(tmp_path, model):
         assert list(store) == []
         assert store.stats()["shards"] == 0
         store.verify()
-        with pytest.raises(ValueError, match=r"k \(1\) must be at most the number of documents \(0\)"):
+        with pytest.raises(ValueError, match="holds no documents to search"):
             store.search(torch.randn(1, 4, 8), 1)
 
 
@@ -243,3 +243,13 @@ def test_opening_maps_and_does_not_copy(tmp_path):
     store = MemoryStore.open(tmp_path / "s", model)
     assert store.memory([5, 3000]).shape == (2, 16, 512)
     assert process.memory_info().rss - before < 16e6
+
+
+def test_rows_are_integers_and_scores_float32(filled):
+    for rows in ([True, False], [1.9], torch.tensor([True])):
+        with pytest.raises(TypeError, match="rows must be integers"):
+            filled.documents(rows)
+    assert filled.documents([]) == []
+    assert filled.topk(torch.randn(2, 4, 8, dtype=torch.float64), 3)[0].dtype == torch.float32
+    with pytest.raises(ValueError, match="too large for float32"):
+        filled.topk(torch.full((1, 4, 8), 1e300, dtype=torch.float64), 3)

@@ -103,6 +103,13 @@ def test_what_filters_refuse(labelled, tmp_path):
             store.topk(query, 1, where=where)
     with pytest.raises(TypeError, match=r"where must be a mapping or .*, not str"):
         store.topk(query, 1, where="lang = 'en'")
+    for where, message in (
+        ({"lang": {"in": "en"}}, r"where\['lang'\]\['in'\] \('en'\) must be a list"),
+        ({"year": [1990, "a"]}, "does not apply"),
+        ({"": 2}, "which no document has"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            store.topk(query, 1, where=where)
     model = StandIn()
     with MemoryStore.create(tmp_path / "mixed", model) as mixed:
         mixed.add(names(2), [{"text": "a", "metadata": {"y": y}} for y in (1, "1")], model.compress(texts(2)))
@@ -143,6 +150,19 @@ def test_what_a_device_refuses(labelled):
     with pytest.raises(ValueError, match=r"resident_bytes \(-1\) must not be negative"):
         DeviceKeys("cpu", -1)
     assert store.to("cpu") is store
+
+
+def test_dates_are_compared_as_they_are_written(tmp_path):
+    model = StandIn()
+    dates = ["2020-01-03", "2021-05-01", "2019-12-31T10:00:00", "unknown", None]
+    documents = [{"text": f"Text {i}.", "metadata": {"at": {"date": date}, "": 5}} for i, date in enumerate(dates)]
+    with MemoryStore.create(tmp_path / "s", model) as store:
+        for i, document in enumerate(documents):
+            store.add(names(1, i), [document], model.compress(texts(1, i)))
+    field = pc.field(("at", "date"))
+    for where, wanted in ((field == "2020-01-03", {0}), (field >= "2020", {0, 1, 3}), (field < "2020", {2})):
+        rows = store.topk(torch.randn(1, 4, 8), 5, where=where)[1]
+        assert set(rows[0].tolist()) == wanted
 
 
 RANKS = """

@@ -115,6 +115,8 @@ def compress(
             choice = choice.or_of(there)
             if store_dtype not in (None, there.stats()["dtype"]):
                 raise ValueError(f"--store-dtype ({store_dtype}) must be that of {out}: {there.stats()['dtype']}")
+            if pooled_keys and not there.stats()["pooled_keys"]:
+                raise ValueError(f"--pooled-keys: {out} keeps none; clara-fast convert makes a store that does")
         clara, load_seconds = choice.load()
         if batch_tokens is None:
             # A CPU works no faster on larger batches, and reports progress more often on small ones.

@@ -24,9 +24,7 @@ class Store(Protocol):
 
     def check_model(self, model: Any) -> None: ...
 
-    def search(self, queries: Tensor, k: int) -> list[list[Any]]: ...
-
-    def memory(self, rows: Sequence[int]) -> Tensor: ...
+    def search_with_memory(self, queries: Tensor, k: int) -> list[tuple[list[Any], Tensor]]: ...
 
 
 @dataclass(frozen=True)
@@ -105,9 +103,9 @@ def answer(
             queries = model.encode_queries(batch)
         if store is not None:
             with _timed(timings, "search"):
-                hits = store.search(queries, number_to_read(model, top_k, len(store)))
-                memories = [store.memory([hit.row for hit in found]) for found in hits]
-            sources = [[Source(h.id, h.score, h.text, h.title) for h in found] for found in hits]
+                found = store.search_with_memory(queries, number_to_read(model, top_k, len(store)))
+                memories = [memory for _, memory in found]
+            sources = [[Source(h.id, h.score, h.text, h.title) for h in hits] for hits, _ in found]
         else:
             assert documents is not None
             one_list = single or not documents or isinstance(documents[0], str)

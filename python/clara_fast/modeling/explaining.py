@@ -265,8 +265,8 @@ def _candidates(
     """The candidates, best first, and their memories."""
     if store is not None:
         store.check_model(model)
-        (hits,) = store.search(query, min(count, len(store)))
-        return [Source(h.id, h.score, h.text, h.title) for h in hits], store.memory([h.row for h in hits]).to(query)
+        ((hits, memory),) = store.search_with_memory(query, min(count, len(store)))
+        return [Source(h.id, h.score, h.text, h.title) for h in hits], memory.to(query)
     if not documents:
         return [], query[:0]
     memory = model.compress(documents)

@@ -49,8 +49,8 @@ def to_prompt_embeds(
         raise ValueError("to_prompt_embeds() reads from exactly one of store and memory")
     if store is not None:
         store.check_model(model)
-        hits = store.search(model.encode_queries([question]), number_to_read(model, top_k, len(store)))[0]
-        memory = store.memory([hit.row for hit in hits])
+        query = model.encode_queries([question])
+        ((hits, memory),) = store.search_with_memory(query, number_to_read(model, top_k, len(store)))
         sources = [Source(hit.id, hit.score, hit.text, hit.title) for hit in hits]
     else:
         assert memory is not None

@@ -79,12 +79,13 @@ class Block:
 class Run:
     """Blocks that are compared in one go, in order, with the keys of each: without gaps, or a sparse one alone.
 
-    ``release`` says whether the pages under the keys need not stay.
+    ``release`` says whether the pages under the keys need not stay, ``size`` how many bytes the keys have.
     """
 
     blocks: list[Block]
     keys: list[Keys]
     release: bool = False
+    size: int = 0
 
     def takes(self, block: Block, release: bool) -> bool:
         """Whether ``block`` may be compared with these."""
@@ -92,7 +93,7 @@ class Run:
         return (
             last.place + last.rows.stop - last.rows.start == block.place
             and release == self.release
-            and sum(one.size for one in self.blocks) + block.size <= RUN_BYTES
+            and self.size + block.size <= RUN_BYTES
             and not (last.is_sparse or block.is_sparse)
         )
 
@@ -137,13 +138,13 @@ class MappedKeys:
 
     def keep_only(self, shards: Iterable[ShardEntry]) -> None:
         files = {entry.memory for entry in shards}
-        self._kept = {name: size for name, size in self._kept.items() if name[0] in files}
+        self._kept = {name: size for name, size in list(self._kept.items()) if name[0] in files}
         self._used = sum(self._kept.values())
 
     def read(self, blocks: Iterable[Block]) -> Iterator[Run]:
         run: Run | None = None
         for block in blocks:
-            was_missing = block.bring()
+            was_missing = not block.is_sparse and block.bring()
             release = not self._stays(block)
             # What is missing in the cache may push out what was there before: that is compared first.
             if run is not None and (was_missing or not run.takes(block, release)):
@@ -152,6 +153,7 @@ class MappedKeys:
             run = run or Run([], [], release)
             run.blocks.append(block)
             run.keys.append(block.keys)
+            run.size += block.size
         if run is not None:
             yield from _let_go_after(run)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from itertools import chain
+from threading import Lock
 from typing import Any
 
 import torch
@@ -37,6 +38,7 @@ class DeviceKeys:
         self._room = checked_room(resident_bytes)
         self._resident: dict[Any, Keys] = {}
         self._slots: list[_Slot] = []
+        self._turn = Lock()  # the slots serve one search at a time
         self._copies = torch.cuda.Stream(self.device) if self._cuda else None
 
     @property
@@ -51,10 +53,14 @@ class DeviceKeys:
     def keep_only(self, shards: Iterable[ShardEntry]) -> None:
         """Let go of keys whose shard's memories are in none of ``shards``."""
         names = {entry.memory for entry in shards}
-        self._resident = {name: keys for name, keys in self._resident.items() if name[0] in names}
+        self._resident = {name: keys for name, keys in list(self._resident.items()) if name[0] in names}
 
     def read(self, blocks: Iterable[Block]) -> Iterator[Run]:
         """Each block with its keys and scales on the device, in order; valid until the next is asked for."""
+        with self._turn:
+            yield from self._read(blocks)
+
+    def _read(self, blocks: Iterable[Block]) -> Iterator[Run]:
         waiting: tuple[Block, Keys, _Slot | None] | None = None
         turn = 0
         # One block behind: the copy of a block has begun before the one before it is handed out.

@@ -43,7 +43,15 @@ class WriterLock:
             raise
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, f"pid {os.getpid()} on {socket.gethostname()}".encode(), 0)
-        self.release = weakref.finalize(self, os.close, descriptor)
+        self.release = weakref.finalize(self, _unlock, descriptor, os.getpid())
+
+
+def _unlock(descriptor: int, owner: int) -> None:
+    import fcntl
+
+    if os.getpid() == owner:  # a forked process shares the lock: closing is not enough, and not for it to do
+        fcntl.flock(descriptor, fcntl.LOCK_UN)
+    os.close(descriptor)
 
 
 class ReaderPin:
@@ -57,15 +65,28 @@ class ReaderPin:
     def __init__(self, folder: Path) -> None:
         self._file = folder / READERS_LOCK
         self._descriptor: int | None = None
+        self._close: Callable[[], object] = lambda: None
         self.generation: int | None = None
+        self._open()
+        _pins.add(self)
+
+    def _open(self) -> None:
         if _ofd_lock is None:
             return
         # Not for writing, which would keep a file system from being made read-only.
         for flags in (os.O_RDONLY, os.O_RDONLY | os.O_CREAT):
             with suppress(OSError):
                 self._descriptor = os.open(self._file, flags | os.O_CLOEXEC, 0o644)
-                weakref.finalize(self, os.close, self._descriptor)
+                self._close = weakref.finalize(self, os.close, self._descriptor)
                 break
+
+    def own(self) -> None:
+        """Pin the generation a second time, through a file of one's own: after a fork both processes share one."""
+        self._close()
+        self._descriptor = None
+        self._open()
+        if self.generation is not None:
+            self._lock("shared", self.generation)
 
     def move(self, generation: int) -> None:
         """Pin ``generation``, then let go of the one before."""
@@ -109,4 +130,12 @@ def _make_ofd_lock() -> Callable[[int, str, int, int], bool] | None:
     return lock
 
 
+def _own_pins() -> None:
+    for pin in list(_pins):
+        pin.own()
+
+
+_pins: weakref.WeakSet[ReaderPin] = weakref.WeakSet()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_own_pins)
 _ofd_lock = _make_ofd_lock() if os.name == "posix" and struct.calcsize("P") == 8 else None

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, Self
 from weakref import WeakSet
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -163,9 +164,22 @@ class StoreReader:
             StoreError: ``index`` was built from other documents.
             StoreDamagedError: a shard cannot be read.
         """
-        scores, rows = self.topk(queries, k, where=where, keys=keys, group=group, index=index, candidates=candidates)
-        wanted = sorted(set(rows.flatten().tolist()))
-        found = dict(zip(wanted, self.documents(wanted), strict=True))
+        options = {"where": where, "keys": keys, "group": group, "index": index, "candidates": candidates}
+        return self._hits(self._snapshot, queries, k, **options)
+
+    def search_with_memory(self, queries: Tensor, k: int, **options: Any) -> list[tuple[list[Hit], Tensor]]:
+        """:meth:`search`, with the memories ``[k, m, D]`` of each query's hits as :meth:`memory` gives them.
+
+        Both are of one state of the store, whoever refreshes it meanwhile.
+        """
+        snapshot = self._snapshot
+        found = self._hits(snapshot, queries, k, **options)
+        return [(hits, snapshot.memory(np.array([hit.row for hit in hits], dtype=np.int64))) for hits in found]
+
+    def _hits(self, snapshot: Snapshot, queries: Tensor, k: int, **options: Any) -> list[list[Hit]]:
+        scores, rows = self._topk(snapshot, queries, k, **options)
+        wanted = np.unique(rows.numpy())
+        found = dict(zip(wanted.tolist(), snapshot.documents(wanted), strict=True))
         return [
             [Hit(score=score, **vars(found[row])) for score, row in zip(*pair, strict=True)]
             for pair in zip(scores.tolist(), rows.tolist(), strict=True)
@@ -186,14 +200,27 @@ class StoreReader:
 
         Exact over all shards, unless there is an ``index``; equal scores go to the lower row. Both are on the CPU.
         """
-        snapshot = self._snapshot
+        options = {"where": where, "keys": keys, "group": group, "index": index, "candidates": candidates}
+        return self._topk(self._snapshot, queries, k, **options)
+
+    def _topk(
+        self,
+        snapshot: Snapshot,
+        queries: Tensor,
+        k: int,
+        where: Where | None = None,
+        keys: str = "memory",
+        group: Any = None,
+        index: PooledIndex | None = None,
+        candidates: int | None = None,
+    ) -> tuple[Tensor, Tensor]:
         queries = self._flat_queries(queries, keys)
-        if not len(self):
+        if not len(snapshot):
             raise ValueError(f"{self.path} holds no documents to search")
         if k < 1:
             raise ValueError(f"k ({k}) must be at least 1")
-        if k > len(self):
-            raise ValueError(f"k ({k}) must be at most the number of documents ({len(self)})")
+        if k > len(snapshot):
+            raise ValueError(f"k ({k}) must be at most the number of documents ({len(snapshot)})")
         if index is not None and (keys != "memory" or group is not None):
             raise ValueError("a search with an index takes no keys or group: it is exact search that does")
         if index is None and candidates is not None:
@@ -325,6 +352,10 @@ class StoreReader:
         if queries.shape[1:] not in ((m, width), (m * width,)):
             raise ValueError(f"queries must be [B, {m}, {width}] or [B, {m * width}], not {list(queries.shape)}")
         flat = queries.detach().flatten(1).to("cpu")
+        if flat.dtype == torch.float64 or keys == "pooled":  # no kernel compares float64
+            flat = flat.float()
+        if keys == "pooled":
+            flat = flat.view(-1, m, width).mean(1)
         if not bool(flat.isfinite().all()):
-            raise ValueError("queries hold NaN or Inf")
-        return flat if keys == "memory" else flat.float().view(-1, m, width).mean(1)
+            raise ValueError("queries hold NaN or Inf, or numbers too large for float32")
+        return flat

@@ -133,6 +133,7 @@ class Shard:
                     raise self._damaged(facts, f"it does not hold {self.entry.rows} rows of {SCHEMA.names}")
                 return file.read(columns) if group is None else file.read_row_group(group, columns)
         except (pa.ArrowException, OSError) as error:
+            _footer.cache_clear()  # it may be what is damaged, and the file mended by now
             raise self._damaged(facts, str(error).splitlines()[0]) from None
 
     def id_digests(self) -> np.ndarray:
@@ -187,6 +188,7 @@ class Shard:
         _ = self._tensors
 
     def _probe_documents(self) -> None:
+        _footer.cache_clear()
         names = self.ids()
         stored = self.__dict__.get("_tensors", {}).get("id_digests")
         if stored is not None and not np.array_equal(stored.numpy(), id_digests(names)):

@@ -101,10 +101,14 @@ class Snapshot:
 
         Raises:
             IndexError: one is not.
+            TypeError: they are no integers.
         """
         if isinstance(rows, Tensor):
             rows = rows.cpu().numpy()
-        listed = np.asarray(rows if isinstance(rows, np.ndarray) else list(rows), dtype=np.int64).reshape(-1)
+        listed = np.asarray(rows if isinstance(rows, np.ndarray) else list(rows)).reshape(-1)
+        if len(listed) and listed.dtype.kind not in "iu":
+            raise TypeError(f"rows must be integers, not {listed.dtype}")
+        listed = listed.astype(np.int64)
         outside = listed[(listed < 0) | (listed >= len(self))]
         if len(outside):
             raise IndexError(f"rows: {outside[0]} must be in [0, {len(self)}), the store's documents")

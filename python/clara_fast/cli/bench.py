@@ -41,7 +41,8 @@ def bench(
 ) -> None:
     """Measure the operators beside their peers (torch, FAISS, SDPA, ...) and this machine's ceilings.
 
-    Every result is checked against float64 first; one that is wrong gets no speed, and the exit code is 1.
+    Every result is checked first, operators' against float64 and the model's against the baseline's; one that is wrong
+    gets no speed, and the exit code is 1.
     """
     from rich.console import Console
 

@@ -41,7 +41,12 @@ def compress(
     text_field: Annotated[
         str, typer.Option(help="Field with a document's text, or with a list of documents.")
     ] = "text",
-    id_field: Annotated[str, typer.Option(help="Field with its id; without one, its line number.")] = "id",
+    id_field: Annotated[
+        str,
+        typer.Option(
+            help="Field with its id; without one, its line number (FILE:NUMBER in a folder), or a text file's path."
+        ),
+    ] = "id",
     title_field: Annotated[str, typer.Option(help="Field with its title, if any.")] = "title",
     split: Annotated[str | None, typer.Option(help="Split of a data set.")] = None,
     subset: Annotated[str | None, typer.Option(help="Configuration of a data set.")] = None,
@@ -67,7 +72,9 @@ def compress(
         typer.Option(help="Tokens that go through the model at once. Default: 2048 on a CPU, else 16384."),
     ] = None,
     shard_size: Annotated[int, typer.Option(help="Documents in a shard, at most.")] = 1024,
-    shard_seconds: Annotated[float, typer.Option(help="Work in a shard, at most: a kill loses no more.")] = 60.0,
+    shard_seconds: Annotated[
+        float, typer.Option(help="Work after which a shard is written: a kill loses little more.")
+    ] = 60.0,
     store_dtype: Annotated[
         str | None,
         typer.Option(

@@ -64,7 +64,7 @@ def _compared(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
 def compact(
     path: StoreArgument,
     shard_size: Annotated[
-        int | None, typer.Option(help="Documents in a shard, at most. Default: what makes 256 MiB.")
+        int | None, typer.Option(help="Documents in a shard, at most. Default: what makes 256 MiB, 65,536 at most.")
     ] = None,
     json: JsonOption = False,
 ) -> None:

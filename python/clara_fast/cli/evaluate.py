@@ -44,7 +44,7 @@ def evaluate(
         str,
         typer.Option(
             help="With commas: none, other, memory, text, rarest, llmlingua2, bm25, dense, infonce; "
-            "docs/evaluation.md says what each is."
+            "The repository's docs/evaluation.md says what each is."
         ),
     ] = "none,other,memory,text",
     protocol: Annotated[

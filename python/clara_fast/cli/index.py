@@ -33,7 +33,7 @@ def index(
     ] = None,
     effort: EffortOption = None,
     where: WhereOption = None,
-    samples: Annotated[int, typer.Option(help="Documents that serve as queries of the report.")] = 256,
+    samples: Annotated[int, typer.Option(help="Documents that serve as queries of the report (--report only).")] = 256,
     json: JsonOption = False,
 ) -> None:
     """Build an index for two-stage search beside a store, or report its recall.

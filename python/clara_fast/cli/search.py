@@ -37,7 +37,10 @@ def search(
     use_index: Annotated[
         bool, typer.Option("--index", help="Two-stage search by the store's index (clara-fast index).")
     ] = False,
-    candidates: Annotated[int | None, typer.Option(help="What the index proposes for each query.")] = None,
+    candidates: Annotated[
+        int | None,
+        typer.Option(help="What the index proposes for each query. Default: 20 for each of -k, 100 at least."),
+    ] = None,
     effort: EffortOption = None,
     compare: Annotated[
         bool, typer.Option("--compare", help="With --index: also search exactly, and say how much of that was found.")

@@ -251,7 +251,8 @@ def test_peak_memory_of_a_process_that_searches(tmp_path):
 
     nothing, some, many = peak(10), peak(300_000), peak(900_000)  # 1 kB each
     assert some < nothing + (256 << 20)
-    assert many < some + (8 << 20)
+    # Two blocks are resident at the most, but a short search may never have both in full.
+    assert many < some + blocks.BLOCK_BYTES
 
 
 def drop_from_cache(file: Path) -> None:

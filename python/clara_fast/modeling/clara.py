@@ -204,7 +204,8 @@ class Clara(nn.Module):
     def train_only(self, *parts: str) -> None:
         """Freeze everything but ``parts``: names of roles, ``"memory_tokens"``, ``"connector"``.
 
-        A frozen role has no dropout and builds no graph, also while the model is in training mode.
+        A frozen role has no dropout and builds no graph, also while the model is in training mode. So memory tokens learn
+        through the roles that train alone, as in the reference.
         """
         present = {*self.roles, "memory_tokens", *(["connector"] if self.connector is not None else [])}
         for part in parts:
@@ -283,10 +284,10 @@ class Clara(nn.Module):
         return pack_documents(ids, self.text.memory_ids, spread=self.config.memory_positions == "spread")
 
     def encode(self, packed: PackedDocuments, role: Role) -> tuple[Tensor, Tensor]:
-        """Memories ``[S, m, D]`` and mean squared errors ``[S]`` of packed texts, with a graph if anything trains."""
+        """Memories ``[S, m, D]`` and mean squared errors ``[S]`` of packed texts, with a graph if ``role`` or the connector trains."""
         m = self.config.num_memory
         self._check_window(packed.longest)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.trainable.isdisjoint((role, "memory_tokens"))):
+        with torch.set_grad_enabled(torch.is_grad_enabled() and role in self.trainable):
             embeds = self.lm.get_input_embeddings()(packed.input_ids)
             tail = torch.arange(-m, 0, device=embeds.device)
             rows = (packed.offsets[1:, None] + tail).flatten().long()

@@ -204,8 +204,8 @@ class Clara(nn.Module):
     def train_only(self, *parts: str) -> None:
         """Freeze everything but ``parts``: names of roles, ``"memory_tokens"``, ``"connector"``.
 
-        A frozen role has no dropout and builds no graph, also while the model is in training mode. So memory tokens learn
-        through the roles that train alone, as in the reference.
+        A frozen role has no dropout and builds no graph, also while the model is in training mode. So memory tokens
+        learn through the roles that train alone, as in the reference.
         """
         present = {*self.roles, "memory_tokens", *(["connector"] if self.connector is not None else [])}
         for part in parts:
@@ -284,7 +284,10 @@ class Clara(nn.Module):
         return pack_documents(ids, self.text.memory_ids, spread=self.config.memory_positions == "spread")
 
     def encode(self, packed: PackedDocuments, role: Role) -> tuple[Tensor, Tensor]:
-        """Memories ``[S, m, D]`` and mean squared errors ``[S]`` of packed texts, with a graph if ``role`` or the connector trains."""
+        """Memories ``[S, m, D]`` and mean squared errors ``[S]`` of packed texts.
+
+        With a graph if ``role`` trains, and behind it if the connector does.
+        """
         m = self.config.num_memory
         self._check_window(packed.longest)
         with torch.set_grad_enabled(torch.is_grad_enabled() and role in self.trainable):

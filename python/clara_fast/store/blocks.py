@@ -18,10 +18,11 @@ from clara_fast.store.shard import Shard
 from clara_fast.store.snapshot import Snapshot
 
 Keys = tuple[Tensor, Tensor | None]
-# What stays mapped between searches, by default: all of a small store, and a share of a large one that does not grow.
-RESIDENT_BYTES = 160 << 20
-# Threads search a block together and let it go: as many as two are resident at a time.
-BLOCK_BYTES = 32 << 20
+# What stays mapped between searches, by default: a small store.
+RESIDENT_BYTES = 32 << 20
+# Threads search a block together and let it go: as many as two are resident at a time. Long, since letting one go
+# interrupts every thread; mapping it anew costs less than what is saved by larger blocks.
+BLOCK_BYTES = 96 << 20
 # What one call compares, which cannot be interrupted.
 RUN_BYTES = 1 << 30
 # Where fewer rows than one in so many may be found, they are gathered; else all are read.

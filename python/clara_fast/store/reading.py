@@ -276,8 +276,8 @@ class StoreReader:
 
         Args:
             device: ``"cpu"`` or a GPU.
-            resident_bytes: what may stay; default: 80 % of what is free on a GPU now, on a CPU 160 MiB. Beside that
-                about two blocks of at most 32 MiB are resident during a search, whatever the size of the store.
+            resident_bytes: what may stay; default: 80 % of what is free on a GPU now, on a CPU 32 MiB. Beside that
+                two blocks of at most 96 MiB are resident during a search, whatever the size of the store.
         """
         place = torch.device(device)
         self._keys = MappedKeys(resident_bytes) if place.type == "cpu" else DeviceKeys(place, resident_bytes)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 _HUGE = 2 << 20
 # How far apart a tensor is looked at to see whether it is in the cache, which loses pages by the thousand.
-_PROBE_BYTES = 16 << 20
+_PROBE_BYTES = 32 << 20
 _POPULATE_READ = 22  # MADV_POPULATE_READ, which Python does not name yet
 
 
